@@ -1,0 +1,79 @@
+"""Roles, special tokens, and turns <-> token ids: the contract that both scripts share.
+
+A dialogue is a list of turns (plain strings). The first speaker is USER, speakers alternate, and
+every turn closes with <END>:
+
+    <USER> Good morning. <END> <BOT> Morning! How are you? <END> <USER> Fine. <END> ...
+
+(written here with spaces; there are none between a token and the text). The three role tokens are
+inserted by id. Text is encoded with special tokens split, so "<END>" typed by a person or present
+in a dataset stays seven ordinary characters and never becomes a control token.
+"""
+
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+USER, BOT, END = "<USER>", "<BOT>", "<END>"
+
+# What other engines render a conversation with; token for token what `encode_dialogue` makes.
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'user' -%}{{- '<USER>' -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- '<BOT>' -}}"
+    "{%- else -%}{{- raise_exception('only the roles user and assistant are known') -}}{%- endif -%}"
+    "{{- message['content'] + '<END>' -}}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<BOT>' -}}{%- endif -%}"
+)
+
+
+class Roles(NamedTuple):
+    """Token ids of <USER>, <BOT> and <END>."""
+
+    user: int
+    bot: int
+    end: int
+
+
+def add_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
+    """Make <USER>, <BOT>, <END> special tokens, <END> the EOS, and set the chat template.
+
+    Changes `tokenizer` in place. Padding becomes the base model's own end-of-text token, which is
+    never <END>: a padded position must not teach the model to stop.
+    """
+    base_eos = tokenizer.eos_token
+    tokenizer.add_special_tokens({"extra_special_tokens": [USER, BOT, END]}, replace_extra_special_tokens=False)
+    if base_eos and base_eos != END:
+        tokenizer.pad_token = base_eos
+    tokenizer.eos_token = END
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return find_roles(tokenizer)
+
+
+def find_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
+    """The ids of the three role tokens. Raises LookupError where the tokenizer lacks one."""
+    vocabulary = tokenizer.get_vocab()
+    missing = [token for token in (USER, BOT, END) if token not in vocabulary]
+    if missing:
+        raise LookupError(f"the tokenizer has no {', '.join(missing)}")
+    return Roles(vocabulary[USER], vocabulary[BOT], vocabulary[END])
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Text -> ids, with special tokens split: nothing in `text` can become a control token."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def encode_turn(tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int) -> list[int]:
+    """One closed turn: [role id, text ids ..., <END> id]."""
+    return [role, *encode_text(tokenizer, text), end]
+
+
+def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> list[list[int]]:
+    """Turns -> one list of ids a turn; even turns are USER's, odd turns BOT's."""
+    roles = find_roles(tokenizer)
+    return [
+        encode_turn(tokenizer, roles.bot if index % 2 else roles.user, text, roles.end)
+        for index, text in enumerate(turns)
+    ]

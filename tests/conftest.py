@@ -1,0 +1,55 @@
+"""Small real models and tokenizers, made in the process; no hub, no download."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerFast
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+DAILYDIALOG = SHARED / "dailydialog"
+
+needs_dailydialog = pytest.mark.skipif(not DAILYDIALOG.is_dir(), reason="the DailyDialog release is not here")
+
+
+def gpt2_tokenizer():
+    """The real GPT-2 tokenizer where its files are at hand, else a byte-level one of 257 tokens."""
+    files = SHARED / "gpt2-tokenizer"
+    if files.is_dir():
+        return GPT2Tokenizer(vocab=str(files / "vocab.json"), merges=str(files / "merges.txt"))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*alphabet, "<|endoftext|>"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>", unk_token="<|endoftext|>"
+    )
+
+
+@pytest.fixture
+def tokenizer():
+    """A fresh GPT-2 tokenizer, without the role tokens."""
+    return gpt2_tokenizer()
+
+
+def save_random_gpt2(folder, tokenizer, layers=2, width=64, heads=4, positions=256):
+    """Write a GPT-2 with random weights and `tokenizer` to `folder`, as a hub download would look."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=positions, n_embd=width, n_layer=layers, n_head=heads,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def random_gpt2(tmp_path_factory):
+    """Folder of a 2-layer GPT-2 with random weights: the real architecture, small."""
+    return save_random_gpt2(tmp_path_factory.mktemp("base") / "gpt2-tiny", gpt2_tokenizer())
