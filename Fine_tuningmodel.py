@@ -1,0 +1,215 @@
+"""Fine-tune a language model on dialogues with LoRA, and merge the result for `main.py` to chat with.
+
+    python Fine_tuningmodel.py                     GPT-2-XL on DailyDialog, on a GPU of 8 GB or more
+    python Fine_tuningmodel.py --preset small      GPT-2 124M, on any computer
+    python Fine_tuningmodel.py --preset starter    a small model, minutes on two CPU cores, no model hub
+
+The values below are the configuration: edit them, or override one for a single run with a flag of the
+same name (`--help` lists them).
+"""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+warnings.filterwarnings("ignore", category=FutureWarning)  # addressed to the authors of libraries
+
+import torch
+import transformers
+from peft import LoraConfig
+from rich.console import Console
+from transformers import BitsAndBytesConfig, TrainingArguments
+
+from dialogue import base_model as base_models
+from dialogue import command_line, corpus, lora, merge, packing, report, storage, training
+from dialogue.errors import UserError, exit_code
+from dialogue.evaluate import count_words, score_rows
+from dialogue.loss import chunked_head
+from dialogue.prompt import add_roles
+
+# ---- Editable values ---------------------------------------------------------------------------------
+
+base_model = "gpt2-xl"  # a causal language model: its name on the hub, or a folder
+dataset = "dailydialog"  # or "chitchat", or a file or folder of dialogues
+max_train_dialogues = None  # train on the first so many; None: on all
+max_length = 512  # tokens a row; dialogues are packed into rows, longer ones are cut between turns
+learn = "both"  # whose turns carry loss: "bot", or "both" (either speaker is a person talking)
+adapter_dir = "gpt2-dialogue-lora"  # the adapters, with the report of the run
+merged_dir = "gpt2-dialogue-full"  # the merged model that main.py chats with
+
+quant_config = BitsAndBytesConfig(
+    load_in_8bit=True,
+    llm_int8_threshold=6.0,  # activations above this are multiplied in 16 bits (LLM.int8())
+)
+
+lora_config = LoraConfig(
+    r=8,  # rank of the update: more learns more, and takes more memory
+    lora_alpha=32,  # the update is scaled by lora_alpha / r
+    lora_dropout=0.05,
+    target_modules=["c_attn", "c_proj"],  # GPT-2's; other families have theirs in dialogue/base_model.py
+    task_type="CAUSAL_LM",
+)
+
+training_args = TrainingArguments(
+    output_dir="gpt2-dialogue-checkpoints",  # adapters and optimizer state while training
+    num_train_epochs=3,
+    per_device_train_batch_size=8,  # packed rows of max_length tokens
+    learning_rate=3e-4,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.03,  # share of all steps over which the learning rate rises
+    activation_checkpointing=True,  # gradient checkpointing: less memory, a third more time
+    eval_strategy="epoch",
+    save_strategy="epoch",
+    save_total_limit=2,
+    logging_steps=5,
+    report_to="none",
+    seed=42,
+)
+
+# What a preset changes; `training` holds fields of TrainingArguments.
+presets: dict[str, dict] = {
+    "xl": {},
+    "small": {
+        "base_model": "gpt2",
+        "training": {"learning_rate": 1e-3, "activation_checkpointing": False},
+    },
+    "starter": {
+        "base_model": base_models.STARTER,
+        "dataset": "chitchat",
+        "max_train_dialogues": 600,
+        "training": {
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "activation_checkpointing": False,
+        },
+    },
+}
+
+# ---- The recipe --------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Load, pack, attach, rehearse, train, save, merge, certify."""
+    flags, training_flags = command_line.parse(argv, presets)
+    preset = presets[flags.preset]
+    names = ("base_model", "dataset", "max_train_dialogues", "max_length", "learn", "adapter_dir", "merged_dir")
+    chosen = {name: getattr(flags, name) or preset.get(name, globals()[name]) for name in names}
+    arguments = command_line.override(training_args, preset.get("training", {}) | training_flags)
+    adapters, merged = Path(chosen["adapter_dir"]), Path(chosen["merged_dir"])
+    console = Console()
+    if not flags.plan:
+        storage.check_free(adapters, flags.overwrite)
+        storage.check_free(merged, flags.overwrite)
+    transformers.set_seed(arguments.seed)
+
+    # Dialogues -> rows of token ids
+    talk = corpus.load_corpus(chosen["dataset"])
+    config = base_models.load_config(chosen["base_model"])
+    tokenizer = base_models.load_tokenizer(chosen["base_model"])
+    roles = add_roles(tokenizer)
+    length = min(chosen["max_length"], base_models.context_length(config))
+    train_pieces, notes = packing.encode(tokenizer, talk.train[: chosen["max_train_dialogues"]], length)
+    held_out = talk.validation[: max(100, len(train_pieces) // 10)]
+    validation_pieces, _ = packing.encode(tokenizer, held_out, length)
+    if not train_pieces or not validation_pieces:
+        raise UserError(f"no dialogue of {chosen['dataset']} fits into {length} tokens: raise --max_length")
+    rows = packing.pack(train_pieces, tokenizer, length, chosen["learn"])
+    validation = packing.pack(validation_pieces, tokenizer, length, "bot")
+    words = count_words(tokenizer, validation_pieces)
+
+    # Base model, 8-bit where memory asks for it, with LoRA and the three token rows on top
+    device = base_models.pick_device()
+    dtype = base_models.pick_dtype(device)
+    parameters = base_models.count_parameters(config)
+    in_8bit = flags.load_in_8bit == "yes" or (
+        flags.load_in_8bit == "auto" and device.type == "cuda" and parameters >= 1_000_000_000
+    )
+    if not flags.plan:
+        storage.check_space(merged, int(2.1 * parameters))
+    base = base_models.load_base(chosen["base_model"], dtype, device, len(tokenizer), quant_config if in_8bit else None)
+    model = lora.attach(base, lora_config, roles)
+    arguments = command_line.override(
+        arguments,
+        # gradients underflow in float16 unless they are scaled, which is what Trainer's fp16 does
+        {"fp16": dtype == torch.float16, "dataloader_pin_memory": device.type == "cuda"},
+    )
+
+    # Rehearsal and plan
+    rehearsal = training.rehearse(model, tokenizer, rows, arguments)
+    steps = training.count_steps(len(rows), arguments)
+    seconds = training.estimate_seconds(rehearsal, steps, validation, arguments)
+    trainable = model.num_parameters(only_trainable=True)
+    plan = {
+        "base model": f"{chosen['base_model']} ({parameters / 1e6:.0f} M parameters)",
+        "device": report.hardware(device),
+        "precision": f"{'int8 base, ' if in_8bit else ''}{str(dtype).removeprefix('torch.')}",
+        "trainable": f"{trainable:,} parameters: LoRA r={lora_config.r} and three token rows",
+        "dialogues": f"{len(train_pieces):,} of {talk.source} ({', '.join([*talk.notes, *notes]) or 'nothing skipped'})",
+        "tokens": f"{sum(len(row['labels']) for row in rows):,} an epoch, in {len(rows):,} rows of {length}",
+        "steps": f"{steps:,} in {arguments.num_train_epochs:g} epochs" if arguments.max_steps < 1 else f"{steps:,}",
+        "memory": f"{rehearsal.peak_bytes / 1e9:.1f} GB at the peak (rehearsed)",
+        "time": f"about {report.duration(seconds)} (rehearsed: {rehearsal.tokens / rehearsal.seconds:.0f} tokens/s)",
+    }
+    report.show_example(console, tokenizer, rows[-1])
+    report.show_plan(console, plan)
+    if flags.plan:
+        return
+    training.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
+
+    # Train
+    command = command_line.repeat_command(argv)
+    console.print(f"Repeat this run with: {command}", highlight=False)
+    with chunked_head(model):
+        untuned = score_rows(model, validation, arguments.eval_batch_size, tokenizer.pad_token_id, words)
+    trained = training.train(model, tokenizer, rows, validation, words, arguments)
+
+    # Save the adapters, with the report
+    facts = {
+        "base model": chosen["base_model"],
+        "data": talk.source,
+        "licence of the data": talk.licence or "unknown: yours to find out",
+        "licence of the base model": base_models.licence(chosen["base_model"]),
+        "hardware": report.hardware(device),
+        "precision": plan["precision"],
+        "training time": report.duration(trained.seconds),
+        "peak memory": f"{training.peak_memory(device) / 1e9:.1f} GB",
+        **report.versions(),
+    }
+    metrics = {
+        "train_tokens_per_second": trained.tokens_per_second,
+        "train_tokens": trained.tokens,
+        "train_seconds": trained.seconds,
+        "steps": trained.steps,
+        "peak_memory_bytes": training.peak_memory(device),
+        **{f"eval_{name}": value for name, value in trained.score.figures().items()},
+        **{f"base_eval_{name}": value for name, value in untuned.figures().items()},
+        "seed": arguments.seed,
+    }
+    settings = {
+        **chosen, "load_in_8bit": in_8bit, "r": lora_config.r, "lora_alpha": lora_config.lora_alpha,
+        **{name: getattr(arguments, name) for name in report.TRAINING_SETTINGS},
+    }  # fmt: skip
+    run = {"command": command, "settings": settings, "facts": facts}
+    with storage.whole_folder(adapters) as folder:
+        lora.save_adapter(model, tokenizer, str(folder))
+        report.write_report(folder, metrics, facts, settings, trained.history, command)
+        storage.write_json(folder / storage.RUN_FILE, run)
+
+    # Merge into a fresh 16-bit base, and compare what came out with what was trained
+    sample = [packing.to_row(piece, "bot", roles.bot) for piece in validation_pieces[:100]]
+    with storage.whole_folder(merged) as folder:
+        merge.merge(chosen["base_model"], adapters, tokenizer, folder)
+        reloaded = merge.load_merged(folder, dtype, device)
+        certificate = merge.certify(model, reloaded, sample, tokenizer.pad_token_id, in_8bit)
+        storage.write_json(folder / "certificate.json", certificate)
+        storage.write_json(folder / storage.RUN_FILE, run)
+    report.show_result(console, metrics, certificate, adapters, merged)
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line a multiplication, of no use to anyone
+    transformers.logging.disable_progress_bar()
+    sys.exit(exit_code(main, debug="--debug" in sys.argv))

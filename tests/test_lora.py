@@ -1,0 +1,139 @@
+"""What is trained, what a folder holds, and the loss in chunks against the plain one."""
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig
+from safetensors import safe_open
+
+from dialogue.base_model import load_base
+from dialogue.errors import UserError
+from dialogue.lora import attach, save_adapter
+from dialogue.loss import chunked_head
+from dialogue.packing import collate, encode, pack
+from dialogue.prompt import add_roles
+
+CPU = torch.device("cpu")
+DIALOGUES = [["Hi there", "Hello, how are you?", "Fine"], ["What time is it?", "Noon."], ["Bye", "See you"]]
+
+
+def gpt2_lora():
+    return LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.fixture
+def attached(random_gpt2, tokenizer):
+    """(model with LoRA, tokenizer, a packed batch)."""
+    roles = add_roles(tokenizer)
+    torch.manual_seed(1)
+    model = attach(load_base(str(random_gpt2), torch.float32, CPU, len(tokenizer)), gpt2_lora(), roles)
+    model.config.use_cache = False
+    rows = pack(encode(tokenizer, DIALOGUES, 128).pieces, tokenizer, 128, "both")
+    return model, tokenizer, collate(rows, tokenizer.pad_token_id)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_chunked_loss_and_gradients_equal_the_plain_ones(attached, monkeypatch):
+    monkeypatch.setattr("dialogue.loss.CHUNK", 7)  # several chunks, the last one short
+    model, _, batch = attached
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.02)
+    model.train()
+    for divisor in ({}, {"num_items_in_batch": 5}):
+        plain = model(**batch, **divisor).loss
+        plain.backward()
+        expected = gradients(model)
+        model.zero_grad()
+        with chunked_head(model):
+            chunked = model(**batch, **divisor).loss
+            chunked.backward()
+        assert chunked.item() == pytest.approx(plain.item(), rel=1e-5)
+        assert gradients(model).keys() == expected.keys()
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+        model.zero_grad()
+
+
+def test_the_head_is_back_after_training(attached):
+    model, _, batch = attached
+    before = model(**batch).logits
+    with chunked_head(model):
+        model(**batch)
+    torch.testing.assert_close(model(**batch).logits, before)
+
+
+def test_only_lora_and_three_rows_are_trained(attached):
+    model, tokenizer, batch = attached
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or "trainable_tokens" in name for name in trained)
+    rows = [p for name, p in trained.items() if "trainable_tokens" in name]
+    assert [tuple(p.shape) for p in rows] == [(3, 64)]
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = {name: p.clone() for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    with chunked_head(model):
+        for _ in range(8):
+            loss = model(**batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+    for name, p in model.named_parameters():
+        if name in frozen:
+            assert torch.equal(p, frozen[name]), f"{name} is frozen and moved"
+    for name, p in trained.items():
+        if "trainable_tokens" in name:
+            assert (p != before[name]).any(dim=-1).all(), "a token row did not move"
+
+
+def test_the_adapter_folder_holds_no_embedding_and_loads_by_itself(attached, tmp_path):
+    model, tokenizer, batch = attached
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "trainable_tokens" in name:
+                p.normal_(std=0.02)
+    model.eval()
+    expected = model(**batch).logits
+    save_adapter(model, tokenizer, str(tmp_path))
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 (no mapping)
+    assert all(len(tokenizer) not in shape for shape in shapes), "the embedding matrix was saved"
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(**batch, use_cache=False).logits, expected)
+
+
+def test_targets_that_the_base_lacks_are_named(random_gpt2, tokenizer):
+    roles = add_roles(tokenizer)
+    base = load_base(str(random_gpt2), torch.float32, CPU, len(tokenizer))
+    base.config.model_type = "nobody-knows"
+    config = gpt2_lora()
+    config.target_modules = {"q_proj"}
+    with pytest.raises(UserError, match=r"no modules named q_proj.*c_attn.*target_modules"):
+        attach(base, config, roles)
+
+
+def test_a_family_from_the_table_gets_its_own_targets(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    roles = add_roles(tokenizer)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        )  # fmt: skip
+    )
+    config = gpt2_lora()
+    model = attach(llama, config, roles)
+    assert {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name} == {
+        "q_proj", "k_proj", "v_proj", "o_proj",
+    }  # fmt: skip
+    assert config.target_modules == {"c_attn", "c_proj"}, "the editable value was changed"
