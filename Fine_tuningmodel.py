@@ -13,8 +13,6 @@ import sys
 import warnings
 from pathlib import Path
 
-warnings.filterwarnings("ignore", category=FutureWarning)  # addressed to the authors of libraries
-
 import torch
 import transformers
 from peft import LoraConfig
@@ -146,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         "device": report.hardware(device),
         "precision": f"{'int8 base, ' if in_8bit else ''}{str(dtype).removeprefix('torch.')}",
         "trainable": f"{trainable:,} parameters: LoRA r={lora_config.r} and three token rows",
-        "dialogues": f"{len(train_pieces):,} of {talk.source} ({', '.join([*talk.notes, *notes]) or 'nothing skipped'})",
+        "dialogues": "; ".join([f"{len(train_pieces):,} of {talk.source}", *talk.notes, *notes]),
         "tokens": f"{sum(len(row['labels']) for row in rows):,} an epoch, in {len(rows):,} rows of {length}",
         "steps": f"{steps:,} in {arguments.num_train_epochs:g} epochs" if arguments.max_steps < 1 else f"{steps:,}",
         "memory": f"{rehearsal.peak_bytes / 1e9:.1f} GB at the peak (rehearsed)",
@@ -209,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning)  # addressed to the authors of libraries
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line a multiplication, of no use to anyone
     transformers.logging.disable_progress_bar()

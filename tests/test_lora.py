@@ -127,8 +127,13 @@ def test_a_family_from_the_table_gets_its_own_targets(tokenizer):
     roles = add_roles(tokenizer)
     llama = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-            num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
         )  # fmt: skip
     )
     config = gpt2_lora()

@@ -133,8 +133,20 @@ def test_plan_writes_nothing(random_gpt2, talk, tmp_path, monkeypatch, capsys):
 def test_in_8_bit_on_a_cpu(random_gpt2, talk, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script.main(
-        ["--base_model", str(random_gpt2), "--dataset", str(talk), "--max_steps", "2", "--load_in_8bit", "yes",
-         "--per_device_train_batch_size", "2", "--max_train_dialogues", "20"]  # fmt: skip
+        [
+            "--base_model",
+            str(random_gpt2),
+            "--dataset",
+            str(talk),
+            "--max_steps",
+            "2",
+            "--load_in_8bit",
+            "yes",
+            "--per_device_train_batch_size",
+            "2",
+            "--max_train_dialogues",
+            "20",
+        ]  # fmt: skip
     )
     assert json.loads((tmp_path / "gpt2-dialogue-full/certificate.json").read_text())["trained_against"] == "int8"
     weights = load_file(tmp_path / "gpt2-dialogue-full/model.safetensors")
@@ -174,8 +186,18 @@ def test_a_mistake_is_one_line_and_exit_code_2(flags, said, random_gpt2, talk, t
 def test_on_the_real_release(random_gpt2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script.main(
-        ["--base_model", str(random_gpt2), "--dataset", str(DAILYDIALOG), "--max_steps", "5",
-         "--max_train_dialogues", "100", "--per_device_train_batch_size", "2"]  # fmt: skip
+        [
+            "--base_model",
+            str(random_gpt2),
+            "--dataset",
+            str(DAILYDIALOG),
+            "--max_steps",
+            "5",
+            "--max_train_dialogues",
+            "100",
+            "--per_device_train_batch_size",
+            "2",
+        ]  # fmt: skip
     )
     assert (tmp_path / "gpt2-dialogue-lora/adapter_model.safetensors").stat().st_size < 200_000
     assert (tmp_path / "gpt2-dialogue-full/model.safetensors").is_file()

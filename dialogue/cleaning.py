@@ -1,0 +1,48 @@
+"""Undo the tokenisation of DailyDialog's text, and change nothing else.
+
+The release separates punctuation ("Good morning , sir ."), spaces out apostrophes ("I don ’ t") and runs
+sentences together ("right.But"). A bot trained on that answers "I don ’ t know .".
+"""
+
+import re
+
+# Full-width ASCII (U+FF01 to U+FF5E) lies at a fixed distance from ASCII
+# (Unicode, chart "Halfwidth and Fullwidth Forms").
+_CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
+    ord("。"): ".", ord("、"): ",", ord("′"): "'",
+    # Control characters: C0 but for newline and tab, DEL, C1.
+    **dict.fromkeys((*range(9), *range(11, 32), *range(127, 160))),
+}  # fmt: skip
+
+_STEPS = [
+    # "I don ’ t", "Let ' s": the apostrophe of a contraction, spaced out on both sides
+    (re.compile(r"(?<=\w) ?[’'] (?=(?:s|t|m|re|ve|ll|d)\b)", re.IGNORECASE), "'"),
+    # "my parents ’ house": any other curly apostrophe belongs to the word before it
+    (re.compile(r"(?<=\w) ’(?= |$)"), "'"),
+    # "‘ hello": an opening quote belongs to the word after it
+    (re.compile(r"‘ (?=\w)"), "'"),
+    (re.compile(r"[’‘]"), "'"),
+    # "Good morning , sir ." but not " .NET" or " :)"
+    (re.compile(r" +(?=[.,?!;:](?:[\s.,?!;:\"']|$))"), ""),
+]
+
+# "right.But", "No.The", "Mr.White", "8 p.m.Any" and "10.Stay", but not "Ph.D", "U.S.A." or "Stars.com".
+_RUN_TOGETHER = re.compile(
+    r"(?<=[a-z][a-z][.?!])(?=[A-Z](?:[a-z']|\W|$))|(?<=[A-Z][a-z]\.)(?=[A-Z][a-z'])|(?<=[ap]\.m\.)(?=[A-Z][a-z])"
+    r"|(?<=\d\.)(?=[A-Z][a-z])"
+)
+_ADDRESS = re.compile(r"://|@|www\.", re.IGNORECASE)
+
+
+def clean(text: str) -> str:
+    """One turn as a person would type it. Text that is clean already comes back unchanged."""
+    text = text.translate(_CHARACTERS)
+    for pattern, replacement in _STEPS:
+        text = pattern.sub(replacement, text)
+    text = re.sub(r"\S+", lambda word: _part(word.group()), text)
+    return text.strip()
+
+
+def _part(word: str) -> str:
+    """ "right.But" -> "right. But"; web and mail addresses stay."""
+    return word if _ADDRESS.search(word) else _RUN_TOGETHER.sub(" ", word)

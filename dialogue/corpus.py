@@ -1,0 +1,205 @@
+"""Files and hub datasets -> clean dialogues.
+
+A dialogue is a list of turns (strings), speakers alternating. `load_corpus` knows two names, "dailydialog"
+and "chitchat", and else reads what lies at a path.
+"""
+
+import hashlib
+import html
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dialogue import hub, packages
+from dialogue.errors import UserError
+from dialogue.readers import ONE_TURN, read_file
+
+Dialogues = list[list[str]]
+
+DAILYDIALOG_LICENCE = "CC BY-NC-SA 4.0 (Li et al. 2017, 'DailyDialog')"
+DAILYDIALOG_SIZES = {"train": 11_118, "validation": 1_000, "test": 1_000}
+
+# Where DailyDialog lies on the hub: (repository, revision, file of a split). Tried in order. The loading
+# script that `load_dataset("daily_dialog")` asks for is refused by datasets 4 and later, so these are data
+# files only.
+SOURCES = [
+    ("li2017dailydialog/daily_dialog", "refs/convert/parquet", "default/{split}/0000.parquet"),
+    ("roskoN/dailydialog", "main", "{split}.zip"),
+]
+EPISODE = 8  # turns of a chitchat dialogue: four messages and their replies
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
+
+
+class Corpus(NamedTuple):
+    """Three splits of clean dialogues; `notes` says what was left out."""
+
+    train: Dialogues
+    validation: Dialogues
+    test: Dialogues
+    source: str
+    licence: str | None
+    notes: list[str]
+
+
+def load_corpus(dataset: str) -> Corpus:
+    """Load "dailydialog", "chitchat", or a path: a file (.jsonl, .json, .csv, .parquet, .txt, .zip) or a folder.
+
+    A path is what has a separator, a suffix or a leading "." or "~"; a folder in the working directory
+    that happens to be called "dailydialog" is not taken for the dataset.
+    Raises UserError, one line, for anything that cannot be read or holds no dialogue.
+    """
+    if dataset == "dailydialog":
+        return _from_hub()
+    if dataset == "chitchat":
+        return _chitchat()
+    if Path(dataset).exists() or os.sep in dataset or "/" in dataset or Path(dataset).suffix or dataset[:1] in "~.":
+        return _from_path(Path(dataset).expanduser())
+    raise UserError(f"there is no dataset {dataset!r}: choose dailydialog, chitchat, or the path of a file or folder")
+
+
+def split_of(text: str) -> str:
+    """Deterministic split by content: of 20 parts, one is validation and one is test."""
+    part = int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), 16) % 20
+    return {0: "validation", 1: "test"}.get(part, "train")
+
+
+def _notes(skipped: Counter[str]) -> list[str]:
+    return [f"{count:,} {reason}" for reason, count in skipped.items() if count]
+
+
+def _from_path(path: Path) -> Corpus:
+    if not path.exists():
+        raise UserError(
+            f"dataset {path} does not exist: give the path of a file or a folder, or dailydialog or chitchat"
+        )
+    skipped: Counter[str] = Counter()
+    found: dict[str, Dialogues] = {name: [] for name in SPLITS}
+    for file in _data_files(path):
+        found[_split_by_name(file.name)] += read_file(file, skipped)
+    notes = _notes(skipped)
+    if not any(found.values()):
+        raise UserError("; ".join([f"{path} holds no dialogue of two turns or more", *notes]))
+    if not found["train"]:
+        raise UserError(f"{path} holds no training dialogues: a file named like its split, or without a split's name")
+    missing = [name for name in ("validation", "test") if not found[name]]
+    if missing:
+        pool, found["train"] = found["train"], []
+        for dialogue in pool:
+            name = split_of("\n".join(dialogue))
+            found[name if name in missing else "train"].append(dialogue)
+        if not found["validation"] and len(found["train"]) > 1:
+            found["validation"].append(found["train"].pop())
+        if not found["train"] or not found["validation"]:
+            raise UserError(f"{path} holds too few dialogues to keep one apart for validation: give at least two")
+        notes.append(f"{' and '.join(f'{len(found[name]):,} for {name}' for name in missing)} held out")
+    known = DAILYDIALOG_LICENCE if {name: len(found[name]) for name in SPLITS} == DAILYDIALOG_SIZES else None
+    return Corpus(**found, source=str(path), licence=known, notes=notes)
+
+
+def _data_files(path: Path) -> list[Path]:
+    """The data files at `path`. In the original release, act and emotion labels lie beside the text."""
+    if path.is_file():
+        return [path]
+    suffixes = {".jsonl", ".json", ".csv", ".parquet", ".txt", ".zip"}
+    try:
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+    except OSError as error:
+        raise UserError(f"dataset {path} cannot be read: {error.strerror}") from error
+    texts = [file for file in files if not {"act", "emotion"} & set(file.stem.lower().split("_"))]
+    dialogues = [file for file in texts if file.suffix.lower() != ".txt" or file.stem.startswith("dialogues")]
+    if not dialogues:
+        raise UserError(f"{path} holds no data file ({', '.join(sorted(suffixes))}): see the README on own data")
+    return dialogues
+
+
+def _split_by_name(name: str) -> str:
+    """ "dialogues_valid.txt" -> "validation"; a name without a split is train."""
+    words = Path(name.lower()).name.replace("-", "_").replace(".", "_").split("_")
+    return next((split for split, names in SPLITS.items() if set(names) & set(words)), "train")
+
+
+def _from_hub() -> Corpus:
+    """DailyDialog from the first source that has all of it."""
+    from huggingface_hub import hf_hub_download
+
+    offline = not hub.reachable()
+    failures = []
+    for repository, revision, pattern in SOURCES:
+        found, skipped = {}, {name: Counter[str]() for name in SPLITS}
+        try:
+            for name in SPLITS:
+                file = hf_hub_download(
+                    repository,
+                    pattern.format(split=name),
+                    repo_type="dataset",
+                    revision=revision,
+                    local_files_only=offline,
+                )
+                found[name] = read_file(Path(file), skipped[name])
+        except Exception as error:  # whatever went wrong with this source, it is named below
+            failures.append(f"{repository}: {' '.join(str(error).split())[:120]}")
+            continue
+        sizes = {name: len(found[name]) + skipped[name][ONE_TURN] for name in SPLITS}
+        if sizes == DAILYDIALOG_SIZES:
+            return Corpus(
+                **found,
+                source="DailyDialog",
+                licence=DAILYDIALOG_LICENCE,
+                notes=_notes(sum(skipped.values(), Counter())),
+            )
+        failures.append(f"{repository}: has {sizes} dialogues, expected {DAILYDIALOG_SIZES}")
+    raise UserError(
+        f"DailyDialog could not be loaded ({'no network' if offline else 'the hub refused'}, and not in the cache): "
+        "use `--preset starter`, which needs the Python package index only, or `--dataset PATH` with a copy of "
+        f"yours. Tried {'; '.join(failures)}"
+    )
+
+
+def _chitchat() -> Corpus:
+    """The Chit-Chat Challenge: 7,168 conversations between students, from the package index (MIT).
+
+    A conversation runs to 41 turns in the mean; it becomes episodes of `EPISODE` turns, all the openings
+    before all the second episodes and so on, in the order of a hash: the first N training dialogues are N
+    different conversations, from the start, which is where every chat with the bot is.
+    """
+    conversations = json.loads(packages.fetch(packages.CHITCHAT).read_text(encoding="utf-8"))
+    episodes: dict[str, list[tuple[int, list[str]]]] = {name: [] for name in SPLITS}
+    short = disliked = 0
+    for identifier in sorted(conversations, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
+        turns = _chat_turns(conversations[identifier]["messages"])
+        ratings = (conversations[identifier].get("ratings") or {}).values()
+        if len(turns) < 4:
+            short += 1
+        elif ratings and sum(map(int, ratings)) < 5 * len(ratings):
+            disliked += 1
+        else:
+            starts = range(0, len(turns) - 1, EPISODE)
+            episodes[split_of(identifier)] += [(start, turns[start : start + EPISODE]) for start in starts]
+    found = {name: [turns for _, turns in sorted(found, key=lambda e: e[0])] for name, found in episodes.items()}
+    notes = [
+        f"{short:,} conversations of fewer than four turns left out",
+        f"{disliked:,} that their own speakers rated below 5 of 10 left out",
+        f"the others cut into episodes of {EPISODE} turns",
+    ]
+    return Corpus(**found, source="chitchat-dataset 0.9.0", licence="MIT", notes=notes)
+
+
+def _chat_turns(groups: list[list[dict[str, Any]]]) -> list[str]:
+    """Groups of messages of one sender -> turns. Each group is one turn, its messages joined by a space: a
+    terminal shows one reply, and the typists' line breaks are where they pressed return, not where a
+    thought ends."""
+    turns: list[str] = []
+    last = None
+    for group in groups:
+        text = " ".join(" ".join(html.unescape(message["text"]).split()) for message in group).strip()
+        if not text:
+            continue
+        sender = group[0]["sender"]
+        if sender == last:
+            turns[-1] += " " + text
+        else:
+            turns.append(text)
+        last = sender
+    return turns

@@ -1,0 +1,69 @@
+"""Text as a person types it, and nothing else changed."""
+
+import re
+import zipfile
+
+import pytest
+from conftest import DAILYDIALOG, needs_dailydialog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dialogue.cleaning import clean
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("I don ’ t know .", "I don't know."),
+        ("Good morning , sir . Is there a bank near here ?", "Good morning, sir. Is there a bank near here?"),
+        ("Good.Let ' s go now .", "Good. Let's go now."),
+        ("you are right.But what shall we do ?", "you are right. But what shall we do?"),
+        ("No.The time we have is short .", "No. The time we have is short."),
+        ("How do you do , Mr.Smith ?", "How do you do, Mr. Smith?"),
+        ("See you at 8 p.m.Any questions ?", "See you at 8 p.m. Any questions?"),
+        ("it's already 10.Stay here !", "it's already 10. Stay here!"),
+        ("That is my parents ’ house .", "That is my parents' house."),
+        ("He is an acrobat 。", "He is an acrobat."),
+        ("Ｈｏｗ are you ？", "How are you?"),
+        ("Let me see . . . you ’ re right", "Let me see... you're right"),
+        ("It′ s a gift", "It's a gift"),
+        ("beep\x7f\x07 , boop", "beep, boop"),
+        ("( CPC ) ?", "( CPC )?"),
+    ],
+)
+def test_tokenisation_is_undone(before, after):
+    assert clean(before) == after
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I don't know. Let's go!", "A .NET developer", "Great :) see you", "She has a Ph.D in the U.S.A. now",
+        "see Stars.com",
+        "It is 3.7 miles, 1,000 yards", "http://example.org/A.Html?x=Yes.No", "write to Ann.Lee@example.org",
+        "8:30 p.m.",
+        "He said 'no' to me.", "e.g. this, i.e. that", "cost: $5; tip: 10 %", "line one\nline two",
+        "x = a.b(c)", "café, naïve", "",
+    ],
+)  # fmt: skip
+def test_clean_text_stays(text):
+    assert clean(text) == text
+
+
+@given(st.text(alphabet=st.sampled_from("abTM .,?!'’‘。：0\n\t:)sS")) | st.text())
+def test_cleaning_twice_is_cleaning_once(text):
+    assert clean(clean(text)) == clean(text)
+
+
+@needs_dailydialog
+def test_no_artefact_is_left_in_the_real_release():
+    for split in ("train", "validation", "test"):
+        with zipfile.ZipFile(DAILYDIALOG / f"{split}.zip") as archive:
+            text = archive.read(f"{split}/dialogues_{split}.txt").decode()
+        turns = [clean(turn) for turn in text.replace("\n", "__eou__").split("__eou__")]
+        assert not [
+            turn
+            for turn in turns
+            if "www." not in turn
+            and re.search(r" [.,?!](\s|$)|[’‘]|\w ' (s|t|m|re|ve|ll|d)\b|[a-z]{2}[.?!][A-Z][a-z]", turn)
+        ]
