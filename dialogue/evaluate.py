@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from dialogue.packing import IGNORED, Row, collate
+from dialogue.packing import IGNORED, Row, collate, pack
+from dialogue.prompt import decode_text
 
 
 class Score(NamedTuple):
@@ -31,23 +32,31 @@ class Score(NamedTuple):
         }
 
 
-def count_words(tokenizer: PreTrainedTokenizerBase, pieces: list[list[list[int]]]) -> int:
-    """Words in the bot's turns of encoded dialogues."""
-    return sum(len(tokenizer.decode(turn[1:-1]).split()) for turns in pieces for turn in turns[1::2])
+class HeldOut(NamedTuple):
+    """Dialogues kept apart: packed rows whose labels are the replies, and how many words those have."""
+
+    rows: list[Row]
+    words: int
+    pad: int
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batch_size: int) -> Score:
+        """The likelihood of the replies under `model`, whose `.loss` is the mean over a batch's labels."""
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        nats, tokens = 0.0, 0
+        for start in range(0, len(self.rows), batch_size):
+            batch = collate(self.rows[start : start + batch_size], self.pad)
+            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+            loss = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False).loss
+            nats += loss.item() * labelled
+            tokens += labelled
+        model.train(was_training)
+        return Score(nats, tokens, self.words)
 
 
-@torch.no_grad()
-def score_rows(model: nn.Module, rows: list[Row], batch_size: int, pad: int, words: int) -> Score:
-    """Score packed `rows` under `model`, whose `.loss` is the mean over a batch's labels."""
-    was_training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    nats, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = collate(rows[start : start + batch_size], pad)
-        labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-        loss = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False).loss
-        nats += loss.item() * labelled
-        tokens += labelled
-    model.train(was_training)
-    return Score(nats, tokens, words)
+def hold_out(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> HeldOut:
+    """Encoded dialogues -> rows to be scored on the bot's turns."""
+    words = sum(len(decode_text(tokenizer, turn[1:-1]).split()) for turns in pieces for turn in turns[1::2])
+    return HeldOut(pack(pieces, tokenizer, max_length, "bot"), words, tokenizer.pad_token_id)

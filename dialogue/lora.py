@@ -1,6 +1,7 @@
 """LoRA: where it attaches, what its folder holds, and how it is merged."""
 
 import copy
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -23,7 +24,7 @@ def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> Lora
     fitted = copy.deepcopy(config)
     modules = dict(model.named_modules())
     leaves = {name.rpartition(".")[2] for name in modules}
-    wanted = config.target_modules
+    wanted: Any = config.target_modules
     if isinstance(wanted, (list, set)) and not set(wanted) <= leaves:
         family = model.config.model_type
         wanted = LORA_TARGETS.get(family) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family)

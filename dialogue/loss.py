@@ -73,7 +73,7 @@ def chunked_head(model: PeftModel, adapter: str = "default"):
     wraps `model` (data parallel, checkpointing, Trainer) works as with any other model. Mean nats a
     label, or summed nats over `num_items_in_batch` where Trainer gives it.
     """
-    lm = model.get_base_model()
+    lm: Any = model.get_base_model()
     head, own_loss = lm.get_output_embeddings(), lm.loss_function
     tokens = lm.get_input_embeddings().token_adapter
 

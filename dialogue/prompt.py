@@ -65,6 +65,11 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """Ids -> text, as it is: control tokens show."""
+    return "".join(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
 def encode_turn(tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int) -> list[int]:
     """One closed turn: [role id, text ids ..., <END> id]."""
     return [role, *encode_text(tokenizer, text), end]

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +85,7 @@ def _zip(path: Path, skipped: Counter[str]) -> Iterator[list[str]]:
                 and not Path(name).name.startswith(("dialogues_act", "dialogues_emotion"))
             ]  # fmt: skip
             texts = [_text(archive.read(name), f"{path}/{name}") for name in names]
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zipfile.zlib.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is a broken zip ({error}): download it again") from error
     if not texts:
         raise UserError(f"{path} holds no dialogues_*.txt: it is not DailyDialog's release")

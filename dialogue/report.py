@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dialogue.packing import IGNORED, Row
+from dialogue.prompt import decode_text
 from dialogue.storage import write_json
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
@@ -48,7 +49,7 @@ def show_example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row)
     text = Text("One dialogue as the model reads it (green: learned): ", style="bold")
     end = next((i for i in range(1, len(row["position_ids"])) if row["position_ids"][i] == 0), len(row["input_ids"]))
     for token, label in zip(row["input_ids"][:end], row["labels"][:end], strict=True):
-        text.append(tokenizer.decode([token]), style="dim" if label == IGNORED else "green")
+        text.append(decode_text(tokenizer, [token]), style="dim" if label == IGNORED else "green")
     console.print(text)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dialogue.errors import UserError
-from dialogue.evaluate import Score, score_rows
+from dialogue.evaluate import HeldOut, Score
 from dialogue.lora import save_adapter
 from dialogue.loss import chunked_head
 from dialogue.packing import IGNORED, Row, collate
@@ -103,13 +103,13 @@ def count_steps(rows: int, arguments: TrainingArguments) -> int:
     return math.ceil(math.ceil(micro_batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
 
 
-def estimate_seconds(rehearsal: Rehearsal, steps: int, validation: list[Row], arguments: TrainingArguments) -> float:
+def estimate_seconds(rehearsal: Rehearsal, steps: int, held_out: HeldOut, arguments: TrainingArguments) -> float:
     """Seconds of training and its evaluations. A forward pass alone is a third of a step's work
     (two multiplications per weight for activations, four for both passes without weight gradients,
     Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1: so half, and a bit less
     since no dropout mask or gradient is kept)."""
     evaluations = 2 + (arguments.num_train_epochs if arguments.eval_strategy == "epoch" else 0)
-    tokens = sum(len(row["labels"]) for row in validation)
+    tokens = sum(len(row["labels"]) for row in held_out.rows)
     return (
         steps * arguments.gradient_accumulation_steps * rehearsal.seconds
         + evaluations * tokens * rehearsal.seconds / rehearsal.tokens / 2
@@ -130,26 +130,22 @@ def ask_before_days(seconds: float, yes: bool, cheaper: list[str]) -> None:
 class DialogueTrainer(Trainer):
     """transformers' Trainer, with checkpoints that hold adapters only and an exact evaluation."""
 
-    def __init__(self, words: int, **keywords: Any) -> None:
-        """`words`: how many words the replies of `eval_dataset` have."""
-        super().__init__(**keywords)
-        self.words = words
+    def __init__(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, **keywords: Any
+    ) -> None:
+        super().__init__(model=model, eval_dataset=held_out.rows, **keywords)
+        self.peft_model, self.tokenizer, self.held_out = model, tokenizer, held_out
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save_adapter(
-                self.accelerator.unwrap_model(self.model), self.processing_class, output_dir or self.args.output_dir
-            )
+            save_adapter(self.peft_model, self.tokenizer, str(output_dir or self.args.output_dir))
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Nats a reply token over the whole validation set. Trainer's own average weighs each batch alike,
         however many tokens it has."""
-        score = score_rows(
-            self.model, self.eval_dataset, self.args.eval_batch_size, self.processing_class.pad_token_id, self.words
-        )
-        metrics = {f"eval_{name}": value for name, value in score.figures().items()} | {
-            "eval_loss": score.nats_per_token
-        }
+        score = self.held_out.score(self.peft_model, self.args.eval_batch_size)
+        metrics = {f"eval_{name}": value for name, value in score.figures().items()}
+        metrics["eval_loss"] = score.nats_per_token
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -191,7 +187,8 @@ class Progressed(TrainerCallback):
         self.steps += 1
         self.bar.update(self.task, completed=state.global_step, rate=self.rate)
 
-    def on_log(self, args, state, control, logs: dict[str, float], **_: Any) -> None:
+    def on_log(self, args, state, control, **keywords: Any) -> None:
+        logs: dict[str, float] = keywords["logs"]
         if "loss" in logs:
             self.bar.update(self.task, loss=logs["loss"])
         if self.console.is_terminal:
@@ -222,27 +219,22 @@ def train(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Row],
-    validation: list[Row],
-    words: int,
+    held_out: HeldOut,
     arguments: TrainingArguments,
-    callbacks: list[TrainerCallback] | None = None,
 ) -> Trained:
-    """Train `model`'s adapters in place on packed `rows`, and score them on `validation` rows."""
+    """Train `model`'s adapters in place on packed `rows`, and score them on `held_out`."""
     model.config.use_cache = False  # a cache would also switch the packed rows' mask off
-    tokens = sum(len(row["labels"]) for row in rows)
-    per_step = (
-        tokens / len(rows) * arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    )
+    micro_batches = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    per_step = sum(len(row["labels"]) for row in rows) / len(rows) * micro_batches
     progress = Progressed(per_step)
     trainer = DialogueTrainer(
-        words=words,
-        model=model,
+        model,
+        tokenizer,
+        held_out,
         args=arguments,
         train_dataset=rows,
-        eval_dataset=validation,
-        processing_class=tokenizer,
-        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-        callbacks=[progress, *(callbacks or [])],
+        data_collator=lambda batch: collate(batch, held_out.pad),
+        callbacks=[progress],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -250,6 +242,6 @@ def train(
     with chunked_head(model):
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
         seconds = time.perf_counter() - start
-        score = score_rows(model, validation, arguments.eval_batch_size, tokenizer.pad_token_id, words)
+        score = held_out.score(model, arguments.eval_batch_size)
     seen = round(progress.steps * per_step)
     return Trained(trainer.state.global_step, seconds, seen, progress.rate, trainer.state.log_history, score)

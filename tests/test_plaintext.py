@@ -1,0 +1,47 @@
+"""Nothing that a terminal would obey gets through, however it is cut into pieces."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dialogue.plaintext import plain, stable
+
+HOSTILE = "a\x1b[31mred\x1b[0m \x1b]0;title\x07b\x9b2Jc\x1bcd\x08\x7f\u202e!"
+HOSTILE += "\x1b]8;;http://x\x1b\\link\r\n\tok \U0001f600 你好"
+PLAIN = "ared bcd!link\n\tok \U0001f600 你好"
+
+
+def test_plain():
+    assert plain(HOSTILE) == PLAIN
+    assert plain("naïve café — 你好 👋🏽 \ttab\nline") == "naïve café — 你好 👋🏽 \ttab\nline"
+
+
+def grow(pieces):
+    """What a reader of the stream has seen: each new stable text must extend the last one."""
+    text = shown = ""
+    for piece in pieces:
+        text += piece
+        now = stable(text)
+        assert now.startswith(shown), (shown, now)
+        shown = now
+    return shown
+
+
+def test_every_split_in_two():
+    for cut in range(len(HOSTILE)):
+        assert grow([HOSTILE[:cut], HOSTILE[cut:]]) == PLAIN
+    assert grow(HOSTILE) == PLAIN
+
+
+@given(st.lists(st.text(alphabet=st.sampled_from("ab\x1b[]0;m\x07\\\x9b\x9c\n \u202ePcX1"), max_size=4), max_size=12))
+def test_any_stream_grows_and_stays_plain(pieces):
+    shown = grow(pieces)
+    assert not set(shown) & set("\x1b\x07\x9b\x9c\u202e")
+    assert plain("".join(pieces)).startswith(shown)
+
+
+@pytest.mark.parametrize("text", ["👋🏽", "你好，世界", "né"])
+def test_half_characters_wait(text):
+    data = text.encode()
+    for cut in range(len(data) + 1):
+        assert text.startswith(stable(data[:cut].decode(errors="replace")))
