@@ -10,28 +10,34 @@ import re
 # (Unicode, chart "Halfwidth and Fullwidth Forms").
 _CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     ord("。"): ".", ord("、"): ",", ord("′"): "'",
-    # Control characters: C0 but for newline and tab, DEL, C1.
-    **dict.fromkeys((*range(9), *range(11, 32), *range(127, 160))),
+    # Control characters: C0 but for newline and tab, DEL, C1. Lone surrogates too: they are no text, and
+    # no tokenizer takes them.
+    **dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000))),
 }  # fmt: skip
 
 _STEPS = [
     # "I don ’ t", "Let ' s": the apostrophe of a contraction, spaced out on both sides
-    (re.compile(r"(?<=\w) ?[’'] (?=(?:s|t|m|re|ve|ll|d)\b)", re.IGNORECASE), "'"),
+    (re.compile(r"(?<=\w) ?[’‘'] (?=(?:s|t|m|re|ve|ll|d)\b)", re.IGNORECASE), "'"),
+    # "I ’ Ve": the release capitalises this one, some 900 times
+    (re.compile(r"(?<=\w)'Ve\b"), "'ve"),
     # "my parents ’ house": any other curly apostrophe belongs to the word before it
     (re.compile(r"(?<=\w) ’(?= |$)"), "'"),
     # "‘ hello": an opening quote belongs to the word after it
     (re.compile(r"‘ (?=\w)"), "'"),
     (re.compile(r"[’‘]"), "'"),
-    # "Good morning , sir ." but not " .NET" or " :)"
-    (re.compile(r" +(?=[.,?!;:](?:[\s.,?!;:\"']|$))"), ""),
+    # words with an apostrophe inside: "six o ’ clock", "yes , ma ’ am", "c ’ mon"
+    (re.compile(r"\b(ma|o|c) ?' (am|clock|mon)\b", re.IGNORECASE), r"\1'\2"),
+    # "Good morning , sir ." but not " .NET", " :)" or " :'("
+    (re.compile(r" +(?=[.,?!;](?:[\s.,?!;:\"']|$)|:(?:[\s\"]|$))"), ""),
 ]
 
-# "right.But", "No.The", "Mr.White", "8 p.m.Any" and "10.Stay", but not "Ph.D", "U.S.A." or "Stars.com".
+# "right.But", "can't.My", "Mr.White", "8 p.m.Any" and "10.Stay", but not "Ph.D", "U.S.A." or "Stars.com".
 _RUN_TOGETHER = re.compile(
-    r"(?<=[a-z][a-z][.?!])(?=[A-Z](?:[a-z']|\W|$))|(?<=[A-Z][a-z]\.)(?=[A-Z][a-z'])|(?<=[ap]\.m\.)(?=[A-Z][a-z])"
+    r"(?<=[a-z'][a-z][.?!])(?=[A-Z](?:[a-z']|\W|$))|(?<=[A-Z][a-z]\.)(?=[A-Z][a-z'])|(?<=[ap]\.m\.)(?=[A-Z][a-z])"
     r"|(?<=\d\.)(?=[A-Z][a-z])"
 )
-_ADDRESS = re.compile(r"://|@|www\.", re.IGNORECASE)
+# Web and mail addresses, and code such as "Foo.Bar(x)"; the release has no such words that run together.
+_NO_PROSE = re.compile(r"://|@|www\.|[(=_/]", re.IGNORECASE)
 
 
 def clean(text: str) -> str:
@@ -44,5 +50,5 @@ def clean(text: str) -> str:
 
 
 def _part(word: str) -> str:
-    """ "right.But" -> "right. But"; web and mail addresses stay."""
-    return word if _ADDRESS.search(word) else _RUN_TOGETHER.sub(" ", word)
+    """ "right.But" -> "right. But"; addresses and code stay."""
+    return word if _NO_PROSE.search(word) else _RUN_TOGETHER.sub(" ", word)

@@ -63,7 +63,7 @@ def test_a_conversation_on_a_terminal(home):
     """One session for all of it: a start of the process costs seconds."""
     terminal = pexpect.spawn(
         sys.executable, [str(MAIN), "--seed", "5", "--max_t", "90"], cwd=home, encoding="utf-8", timeout=120,
-        dimensions=(24, 60), env={**os.environ, "TERM": "xterm"},
+        dimensions=(24, 60), env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
     )  # fmt: skip
 
     def command(text, *expected):
@@ -72,7 +72,7 @@ def test_a_conversation_on_a_terminal(home):
             terminal.expect(pattern)
 
     terminal.expect("/help lists commands")
-    terminal.expect("you> ")
+    terminal.expect("you>")
     terminal.sendintr()
     terminal.expect("type exit to leave")
     command("/undo", "nothing to take back")
@@ -110,7 +110,7 @@ def test_a_conversation_on_a_terminal(home):
 
 def test_end_of_file_leaves_before_the_model_is_there(home):
     terminal = pexpect.spawn(sys.executable, [str(MAIN)], cwd=home, encoding="utf-8", timeout=60)
-    terminal.expect("you> ")
+    terminal.expect("you>")
     terminal.sendeof()
     terminal.expect("Bye")
     terminal.expect(pexpect.EOF)
