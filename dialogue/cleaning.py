@@ -27,6 +27,8 @@ _STEPS = [
     (re.compile(r"[’‘]"), "'"),
     # words with an apostrophe inside: "six o ’ clock", "yes , ma ’ am", "c ’ mon"
     (re.compile(r"\b(ma|o|c) ?' (am|clock|mon)\b", re.IGNORECASE), r"\1'\2"),
+    # "at 2 p . m ."
+    (re.compile(r"\b([ap]) ?\. m(?= ?\.)", re.IGNORECASE), r"\1.m"),
     # "Good morning , sir ." but not " .NET", " :)" or " :'("
     (re.compile(r" +(?=[.,?!;](?:[\s.,?!;:\"']|$)|:(?:[\s\"]|$))"), ""),
 ]

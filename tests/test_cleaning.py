@@ -30,6 +30,7 @@ from dialogue.cleaning import clean
         ("I ’ Ve been there .", "I've been there."),
         ("I ‘ d love to", "I'd love to"),
         ("At six o ’ clock , ma ' am .", "At six o'clock, ma'am."),
+        ("It opens at 9 a . m . and closes at 5 p . m .", "It opens at 9 a.m. and closes at 5 p.m."),
         ("Sorry , I can't.My mother is here .", "Sorry, I can't. My mother is here."),
         ("half an emoji \ud83d , gone", "half an emoji, gone"),
         ("beep\x7f\x07 , boop", "beep, boop"),
