@@ -75,10 +75,11 @@ presets: dict[str, dict] = {
     "starter": {
         "base_model": base_models.STARTER,
         "dataset": "chitchat",
-        "max_train_dialogues": 600,
+        "max_train_dialogues": 420,
         "training": {
             "num_train_epochs": 1,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
             "learning_rate": 1e-3,
             "activation_checkpointing": False,
         },

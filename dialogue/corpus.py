@@ -26,6 +26,7 @@ DAILYDIALOG_SIZES = {"train": 11_118, "validation": 1_000, "test": 1_000}
 # files only.
 SOURCES = [
     ("li2017dailydialog/daily_dialog", "refs/convert/parquet", "default/{split}/0000.parquet"),
+    ("OpenRL/daily_dialog", "refs/convert/parquet", "default/{split}/0000.parquet"),
     ("roskoN/dailydialog", "main", "{split}.zip"),
 ]
 EPISODE = 8  # turns of a chitchat dialogue: four messages and their replies
@@ -46,16 +47,16 @@ class Corpus(NamedTuple):
 def load_corpus(dataset: str) -> Corpus:
     """Load "dailydialog", "chitchat", or a path: a file (.jsonl, .json, .csv, .parquet, .txt, .zip) or a folder.
 
-    A path is what has a separator, a suffix or a leading "." or "~"; a folder in the working directory
-    that happens to be called "dailydialog" is not taken for the dataset.
+    A path is what exists, or has a separator, a dot or a leading "~". A folder in the working directory that
+    happens to be called "dailydialog" is not taken for the dataset: that one is "./dailydialog".
     Raises UserError, one line, for anything that cannot be read or holds no dialogue.
     """
     if dataset == "dailydialog":
         return _from_hub()
     if dataset == "chitchat":
         return _chitchat()
-    if Path(dataset).exists() or os.sep in dataset or "/" in dataset or Path(dataset).suffix or dataset[:1] in "~.":
-        return _from_path(Path(dataset).expanduser())
+    if dataset and (os.path.exists(dataset) or {os.sep, "/"} & set(dataset) or "." in dataset or dataset[0] == "~"):
+        return _from_path(Path(os.path.expanduser(dataset)))
     raise UserError(f"there is no dataset {dataset!r}: choose dailydialog, chitchat, or the path of a file or folder")
 
 
@@ -70,14 +71,17 @@ def _notes(skipped: Counter[str]) -> list[str]:
 
 
 def _from_path(path: Path) -> Corpus:
-    if not path.exists():
+    # os.path and not Path: a name too long, or a folder that may not be entered, is False there and no exception.
+    if not os.path.exists(path):
         raise UserError(
             f"dataset {path} does not exist: give the path of a file or a folder, or dailydialog or chitchat"
         )
     skipped: Counter[str] = Counter()
     found: dict[str, Dialogues] = {name: [] for name in SPLITS}
     for file in _data_files(path):
-        found[_split_by_name(file.name)] += read_file(file, skipped)
+        # A single file is what there is to train on, also when its name is "test.jsonl".
+        split = _split_by_name(file.relative_to(path)) if file != path else "train"
+        found[split] += read_file(file, skipped)
     notes = _notes(skipped)
     if not any(found.values()):
         raise UserError("; ".join([f"{path} holds no dialogue of two turns or more", *notes]))
@@ -85,17 +89,29 @@ def _from_path(path: Path) -> Corpus:
         raise UserError(f"{path} holds no training dialogues: a file named like its split, or without a split's name")
     missing = [name for name in ("validation", "test") if not found[name]]
     if missing:
-        pool, found["train"] = found["train"], []
-        for dialogue in pool:
-            name = split_of("\n".join(dialogue))
-            found[name if name in missing else "train"].append(dialogue)
-        if not found["validation"] and len(found["train"]) > 1:
-            found["validation"].append(found["train"].pop())
+        found |= hold_out(found["train"], missing)
         if not found["train"] or not found["validation"]:
             raise UserError(f"{path} holds too few dialogues to keep one apart for validation: give at least two")
         notes.append(f"{' and '.join(f'{len(found[name]):,} for {name}' for name in missing)} held out")
     known = DAILYDIALOG_LICENCE if {name: len(found[name]) for name in SPLITS} == DAILYDIALOG_SIZES else None
     return Corpus(**found, source=str(path), licence=known, notes=notes)
+
+
+def hold_out(pool: Dialogues, missing: list[str]) -> dict[str, Dialogues]:
+    """Deal `pool` to train and the `missing` splits, 5 % each by hash: the same dialogue always lands in the same.
+
+    In a small pool a split may get nothing; then train, and next validation, takes one from the largest other.
+    """
+    parts: dict[str, Dialogues] = {name: [] for name in ("train", *missing)}
+    for dialogue in pool:
+        split = split_of("\n".join(dialogue))
+        parts[split if split in missing else "train"].append(dialogue)
+    for name in ("train", "validation"):
+        if name in parts and not parts[name]:
+            donors = [part for split, part in parts.items() if len(part) > (split != "test")]
+            if donors:
+                parts[name].append(max(donors, key=len).pop())
+    return parts
 
 
 def _data_files(path: Path) -> list[Path]:
@@ -114,10 +130,14 @@ def _data_files(path: Path) -> list[Path]:
     return dialogues
 
 
-def _split_by_name(name: str) -> str:
-    """ "dialogues_valid.txt" -> "validation"; a name without a split is train."""
-    words = Path(name.lower()).name.replace("-", "_").replace(".", "_").split("_")
-    return next((split for split, names in SPLITS.items() if set(names) & set(words)), "train")
+def _split_by_name(file: Path) -> str:
+    """ "dialogues_valid.txt" and "validation/part-0.jsonl" -> "validation"; a path without a split's name is train."""
+    for part in reversed(file.parts):
+        words = set(part.lower().replace("-", "_").replace(".", "_").split("_"))
+        for split, names in SPLITS.items():
+            if words & set(names):
+                return split
+    return "train"
 
 
 def _from_hub() -> Corpus:

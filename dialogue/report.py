@@ -76,7 +76,8 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
         if points:
             loss_axes.plot(*zip(*points, strict=True), style, label=label)
     loss_axes.set_ylabel("loss (nats per token)")
-    loss_axes.legend()
+    if loss_axes.lines:
+        loss_axes.legend()
     points = [(entry["step"], entry["learning_rate"]) for entry in history if "learning_rate" in entry]
     if points:
         rate_axes.plot(*zip(*points, strict=True), color="tab:gray")

@@ -10,7 +10,7 @@ from conftest import DAILYDIALOG, needs_dailydialog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dialogue.corpus import load_corpus
+from dialogue.corpus import DAILYDIALOG_SIZES, SOURCES, hold_out, load_corpus
 from dialogue.errors import UserError
 from dialogue.readers import LEADING, ONE_TURN, SYSTEM, read_file
 
@@ -77,6 +77,66 @@ def test_splits_by_name_or_held_out_the_same_way_each_time(tmp_path):
         write(folder, name, "".join(lines.splitlines(keepends=True)[:count]))
     corpus = load_corpus(str(folder))
     assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (5, 3, 2)
+
+
+def numbered(start, count):
+    return "".join(json.dumps({"dialog": [f"Hi {n}", f"Hello {n}"]}) + "\n" for n in range(start, start + count))
+
+
+def test_splits_by_the_names_of_folders(tmp_path):
+    for number, name in enumerate(("train", "validation", "test")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "part-0.jsonl", numbered(100 * number, 5 - number))
+    corpus = load_corpus(str(tmp_path))
+    assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (5, 4, 3)
+    assert corpus.test[0] == ["Hi 200", "Hello 200"], "held-out dialogues must not be trained on"
+
+
+def test_a_single_file_is_trained_on_whatever_its_name(tmp_path):
+    corpus = load_corpus(str(write(tmp_path, "test.jsonl", numbered(0, 100))))
+    assert len(corpus.train) > 80 and corpus.validation
+
+
+def test_two_dialogues_are_enough():
+    for start in range(0, 2_000, 2):  # wherever the hash puts them
+        pool = [[f"Hi {n}", "Hello"] for n in (start, start + 1)]
+        parts = hold_out(pool, ["validation", "test"])
+        assert len(parts["train"]) == len(parts["validation"]) == 1
+        assert not parts["test"]
+
+
+@pytest.mark.parametrize("dataset", ["", "~nobody-of-this-name/a.jsonl", "x" * 5_000 + ".jsonl", "a\0b.jsonl"])
+def test_a_path_that_cannot_be_is_a_user_error(dataset):
+    with pytest.raises(UserError, match=r"does not exist|there is no dataset"):
+        load_corpus(dataset)
+
+
+def hub_cache(folder, repository, sizes):
+    """The hub client's cache as a download of `sizes` dialogues would leave it."""
+    import pyarrow
+    from pyarrow import parquet
+
+    cached = folder / f"datasets--{repository.replace('/', '--')}"
+    commit = "0" * 40
+    (cached / "refs/refs/convert").mkdir(parents=True)
+    write(cached / "refs/refs/convert", "parquet", commit)
+    for name, size in sizes.items():
+        file = cached / "snapshots" / commit / "default" / name / "0000.parquet"
+        file.parent.mkdir(parents=True)
+        parquet.write_table(pyarrow.table({"dialog": [["Hi there .", "Hello !"]] * size}), file)
+
+
+def test_dailydialog_from_the_cache_without_a_network(tmp_path, monkeypatch):
+    """A source that has not all of it is passed over, and the next is used."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub_cache(tmp_path, SOURCES[0][0], {"train": 3, "validation": 2, "test": 1})
+    with pytest.raises(UserError, match=f"{SOURCES[0][0]}: has .*3.*expected .*11118"):
+        load_corpus("dailydialog")
+    hub_cache(tmp_path, SOURCES[1][0], DAILYDIALOG_SIZES)
+    corpus = load_corpus("dailydialog")
+    assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (11_118, 1_000, 1_000)
+    assert corpus.train[0] == ["Hi there.", "Hello!"]
+    assert "NC" in (corpus.licence or "")
 
 
 @needs_dailydialog
