@@ -135,6 +135,7 @@ class DialogueTrainer(Trainer):
     ) -> None:
         super().__init__(model=model, eval_dataset=held_out.rows, **keywords)
         self.peft_model, self.tokenizer, self.held_out = model, tokenizer, held_out
+        self.scores: dict[int, Score] = {}  # by step
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -143,7 +144,7 @@ class DialogueTrainer(Trainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Nats a reply token over the whole validation set. Trainer's own average weighs each batch alike,
         however many tokens it has."""
-        score = self.held_out.score(self.peft_model, self.args.eval_batch_size)
+        score = self.scores[self.state.global_step] = self.held_out.score(self.peft_model, self.args.eval_batch_size)
         metrics = {f"eval_{name}": value for name, value in score.figures().items()}
         metrics["eval_loss"] = score.nats_per_token
         self.log(metrics)
@@ -241,7 +242,9 @@ def train(
     start = time.perf_counter()
     with chunked_head(model):
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        if trainer.state.global_step not in trainer.scores:
+            trainer.evaluate()
         seconds = time.perf_counter() - start
-        score = held_out.score(model, arguments.eval_batch_size)
+    score = trainer.scores[trainer.state.global_step]
     seen = round(progress.steps * per_step)
     return Trained(trainer.state.global_step, seconds, seen, progress.rate, trainer.state.log_history, score)

@@ -197,6 +197,8 @@ def test_on_the_real_release(random_gpt2, tmp_path, monkeypatch):
             "100",
             "--per_device_train_batch_size",
             "2",
+            "--max_length",
+            "96",
         ]  # fmt: skip
     )
     assert (tmp_path / "gpt2-dialogue-lora/adapter_model.safetensors").stat().st_size < 200_000
