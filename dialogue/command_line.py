@@ -8,6 +8,7 @@ import sys
 from typing import Any, cast
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from dialogue.errors import UserError
 
@@ -78,9 +79,13 @@ def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingAr
     """
     fields = {name.replace("gradient_checkpointing", "activation_checkpointing"): fields[name] for name in fields}
     try:
-        return dataclasses.replace(arguments, **fields)
+        replaced = dataclasses.replace(arguments, **fields)
     except (ValueError, TypeError) as error:
         raise UserError(f"training arguments: {' '.join(str(error).split())}") from error
+    missing = set(replaced.report_to) - {"none", "all", *get_available_reporting_integrations()}
+    if missing:
+        raise UserError(f"--report_to {' '.join(sorted(missing))}: not installed here; install it with pip first")
+    return replaced
 
 
 def repeat_command(argv: list[str] | None) -> str:
