@@ -10,10 +10,10 @@ import re
 # (Unicode, chart "Halfwidth and Fullwidth Forms").
 _CHARACTERS = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | {
     ord("。"): ".", ord("、"): ",", ord("′"): "'",
-    # Control characters: C0 but for newline and tab, DEL, C1. Lone surrogates too: they are no text, and
-    # no tokenizer takes them.
-    **dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000))),
 }  # fmt: skip
+# Control characters: C0 but for newline and tab, DEL, C1. Lone surrogates too: they are no text, and the
+# tokenizer raises on them.
+_NO_TEXT = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(0xD800, 0xE000)))
 
 _STEPS = [
     # "I don ’ t", "Let ' s": the apostrophe of a contraction, spaced out on both sides
@@ -44,11 +44,16 @@ _NO_PROSE = re.compile(r"://|@|www\.|[(=_/]", re.IGNORECASE)
 
 def clean(text: str) -> str:
     """One turn as a person would type it. Text that is clean already comes back unchanged."""
-    text = text.translate(_CHARACTERS)
+    text = drop_controls(text).translate(_CHARACTERS)
     for pattern, replacement in _STEPS:
         text = pattern.sub(replacement, text)
     text = re.sub(r"\S+", lambda word: _part(word.group()), text)
     return text.strip()
+
+
+def drop_controls(text: str) -> str:
+    """Without control characters and lone surrogates; the one thing done to text that is otherwise kept."""
+    return text.translate(_NO_TEXT)
 
 
 def _part(word: str) -> str:

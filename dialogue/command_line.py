@@ -82,7 +82,7 @@ def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingAr
         replaced = dataclasses.replace(arguments, **fields)
     except (ValueError, TypeError) as error:
         raise UserError(f"training arguments: {' '.join(str(error).split())}") from error
-    missing = set(replaced.report_to) - {"none", "all", *get_available_reporting_integrations()}
+    missing = {*(replaced.report_to or [])} - {"none", "all", *get_available_reporting_integrations()}
     if missing:
         raise UserError(f"--report_to {' '.join(sorted(missing))}: not installed here; install it with pip first")
     return replaced

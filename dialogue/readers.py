@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dialogue.cleaning import clean
+from dialogue.cleaning import clean, drop_controls
 from dialogue.errors import UserError
 
 Dialogues = list[list[str]]
@@ -169,15 +169,16 @@ def _messages(messages: list[dict[str, Any]], where: str, skipped: Counter[str])
         role, content = message.get("role"), message.get("content")
         if role not in ("user", "assistant", "system") or not isinstance(content, str):
             raise UserError(f"{where}: each message needs a role (user, assistant or system) and a text as content")
+        content = drop_controls(content).strip()
         if role == "system":
             skipped[SYSTEM] += 1
-        elif not content.strip():
+        elif not content:
             continue
         elif role == "assistant" and not turns:
             skipped[LEADING] += 1
         elif role == last:
-            turns[-1] += "\n" + content.strip()
+            turns[-1] += "\n" + content
         else:
-            turns.append(content.strip())
+            turns.append(content)
             last = role
     return turns

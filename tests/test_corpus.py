@@ -64,6 +64,13 @@ def test_messages_alternate_and_keep_their_text(tmp_path):
     assert skipped == {SYSTEM: 1, LEADING: 1, ONE_TURN: 1}
 
 
+def test_no_control_character_and_no_half_emoji_reaches_the_tokenizer(tmp_path):
+    messages = [{"role": "user", "content": "Hi\0 \ud83d"}, {"role": "assistant", "content": "Oh\x07"}]
+    both = [{"messages": messages}, {"dialog": ["Hi\0 \ud83d", "Oh\x07"]}]
+    path = write(tmp_path, "a.jsonl", "".join(json.dumps(record) + "\n" for record in both))
+    assert read_file(path, Counter()) == [["Hi", "Oh"]] * 2
+
+
 def test_splits_by_name_or_held_out_the_same_way_each_time(tmp_path):
     lines = "".join(json.dumps({"dialog": [f"Hi {n}", f"Hello {n}"]}) + "\n" for n in range(400))
     alone = write(tmp_path, "talk.jsonl", lines)
