@@ -79,7 +79,6 @@ presets: dict[str, dict] = {
         "training": {
             "num_train_epochs": 1,
             "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
             "learning_rate": 1e-3,
             "activation_checkpointing": False,
         },
@@ -126,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if not flags.plan:
         storage.check_space(merged, int(2.1 * parameters))
-    base = base_models.load_base(chosen["base_model"], dtype, device, len(tokenizer), quant_config if in_8bit else None)
+    base = base_models.load_base(chosen["base_model"], dtype, device, tokenizer, quant_config if in_8bit else None)
     model = lora.attach(base, lora_config, roles)
     arguments = command_line.override(
         arguments,

@@ -23,6 +23,7 @@ from transformers import (
 
 from dialogue import hub, packages
 from dialogue.errors import UserError
+from dialogue.prompt import BOT, END, USER
 
 # Which projections carry LoRA where `lora_config` names none that the model has.
 LORA_TARGETS = {
@@ -137,14 +138,15 @@ def load_base(
     name: str,
     dtype: torch.dtype,
     device: torch.device,
-    vocabulary: int,
+    tokenizer: PreTrainedTokenizerBase,
     quant_config: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
-    """The causal language model `name` on `device`, its embedding grown to `vocabulary` rows.
+    """The causal language model `name` on `device`, its embedding grown to hold the role tokens of `tokenizer`.
 
     Weights are `dtype`, or int8 under `quant_config` (then `dtype` is what the rest computes in).
-    New rows are the mean of the old ones, which every load repeats exactly; transformers' default draws
-    them at random (source: `mean_resizing` in `PreTrainedModel.resize_token_embeddings`).
+    The rows of the role tokens begin where the base model is at home already: <END> as its own end of text,
+    <USER> and <BOT> as the words "user" and "assistant". transformers' default draws them at random
+    (source: `mean_resizing` in `PreTrainedModel.resize_token_embeddings`).
     Raises UserError where the model cannot be had.
     """
     model: Any
@@ -158,12 +160,17 @@ def load_base(
         )
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error
-    old = model.get_input_embeddings().weight.shape[0]
-    if vocabulary > old:
-        model.resize_token_embeddings(vocabulary, mean_resizing=False)
-        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if model.config.eos_token_id == tokenizer.eos_token_id:
+        return model  # trained here before: its role tokens have their meaning
+    like = {USER: "user", BOT: "assistant", END: tokenizer.pad_token}  # padding is the base's end of text
+    for token, word in like.items():
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        for embedding in (model.get_input_embeddings(), model.get_output_embeddings()):
             with torch.no_grad():
-                module.weight[old:] = module.weight[:old].float().mean(dim=0).to(module.weight.dtype)
+                row = embedding.weight[ids].float().mean(dim=0)
+                embedding.weight[tokenizer.convert_tokens_to_ids(token)] = row.to(embedding.weight.dtype)
     return model
 
 

@@ -36,9 +36,11 @@ def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> Lora
     fitted.target_modules = wanted
     # GPT-2's Conv1D keeps its weight as (in, out), torch's Linear as (out, in).
     fitted.fan_in_fan_out = any(isinstance(module, Conv1D) for module in modules.values())
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in modules.items() if module is embedding).rpartition(".")[2]
-    fitted.trainable_token_indices = {name: list(roles)}
+    ends = [model.get_input_embeddings()]
+    if not model.config.tie_word_embeddings:
+        ends.append(model.get_output_embeddings())
+    names = [name.rpartition(".")[2] for name, module in modules.items() if any(module is end for end in ends)]
+    fitted.trainable_token_indices = {name: list(roles) for name in names}
     return fitted
 
 

@@ -53,7 +53,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def chunked_cross_entropy(hidden: Tensor, rows: Tensor, weight: Tensor, row_ids: Tensor, labels: Tensor) -> Tensor:
-    """Nats of `labels` (B, T) under a tied head, summed over all positions that have a label.
+    """Nats of `labels` (B, T) under a linear head, summed over all positions that have a label.
 
     Position t predicts label t + 1. `hidden` (B, T, H) is the model's last hidden state; `weight` (V, H)
     is frozen, but for the rows `row_ids` (R,), whose trained values are `rows` (R, H). Float32 scalar.
@@ -75,7 +75,7 @@ def chunked_head(model: PeftModel, adapter: str = "default"):
     """
     lm: Any = model.get_base_model()
     head, own_loss = lm.get_output_embeddings(), lm.loss_function
-    tokens = lm.get_input_embeddings().token_adapter
+    tokens = (lm.get_input_embeddings() if lm.config.tie_word_embeddings else head).token_adapter
 
     def loss_function(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any) -> Tensor:
         row_ids = torch.tensor(tokens.token_indices[adapter], device=logits.device)

@@ -26,7 +26,7 @@ def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, fo
     Never into the int8 weights that were trained against: they would be rounded a second time, and stay
     int8. On the CPU, so that a GPU that could just hold the training can still finish it.
     """
-    model = load_base(base_model, torch.float16, torch.device("cpu"), len(tokenizer))
+    model = load_base(base_model, torch.float16, torch.device("cpu"), tokenizer)
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     roles = find_roles(tokenizer)
     merged.config.eos_token_id, merged.config.pad_token_id = roles.end, tokenizer.pad_token_id

@@ -44,8 +44,8 @@ def add_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
     """
     base_eos = tokenizer.eos_token
     tokenizer.add_special_tokens({"extra_special_tokens": [USER, BOT, END]}, replace_extra_special_tokens=False)
-    if base_eos and base_eos != END:
-        tokenizer.pad_token = base_eos
+    if base_eos != END:  # a model that was trained here before keeps its padding
+        tokenizer.pad_token = base_eos or tokenizer.unk_token or USER
     tokenizer.eos_token = END
     tokenizer.chat_template = CHAT_TEMPLATE
     return find_roles(tokenizer)

@@ -51,6 +51,7 @@ def rehearse(
     random_state = torch.get_rng_state()
     if arguments.activation_checkpointing:
         model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
+    check_loss(model, {name: values.to(device) for name, values in collate([longest[-1]], 0).items()})
     model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -66,6 +67,19 @@ def rehearse(
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(random_state)
     return Rehearsal(min(seconds), sum(len(row["labels"]) for row in longest), peak_memory(device))
+
+
+@torch.no_grad()
+def check_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+    """Raises UserError where the model's head does more than multiply (a bias, a scale, a cap on the logits):
+    the loss in chunks would then be another loss."""
+    model.eval()
+    plain = model(**batch, use_cache=False).loss.item()
+    with chunked_head(model):
+        chunked = model(**batch, use_cache=False).loss.item()
+    model.train()
+    if not math.isclose(plain, chunked, rel_tol=0.01):
+        raise UserError(f"this base model's head is not a plain matrix (loss {plain:.4f}, in chunks {chunked:.4f})")
 
 
 def check_gradients(model: PeftModel) -> None:

@@ -25,7 +25,7 @@ def attached(random_gpt2, tokenizer):
     """(model with LoRA, tokenizer, a packed batch)."""
     roles = add_roles(tokenizer)
     torch.manual_seed(1)
-    model = attach(load_base(str(random_gpt2), torch.float32, CPU, len(tokenizer)), gpt2_lora(), roles)
+    model = attach(load_base(str(random_gpt2), torch.float32, CPU, tokenizer), gpt2_lora(), roles)
     model.config.use_cache = False
     rows = pack(encode(tokenizer, DIALOGUES, 128).pieces, tokenizer, 128, "both")
     return model, tokenizer, collate(rows, tokenizer.pad_token_id)
@@ -59,6 +59,35 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(attached, monkeypatch):
         for name, gradient in gradients(model).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
         model.zero_grad()
+
+
+def test_an_untied_head_trains_its_own_rows(tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    roles = add_roles(tokenizer)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    model = attach(LlamaForCausalLM(config), gpt2_lora(), roles)
+    batch = collate(pack(encode(tokenizer, DIALOGUES, 128).pieces, tokenizer, 128, "both"), 0)
+    plain = model(**batch, use_cache=False).loss
+    plain.backward()
+    expected = gradients(model)
+    assert sum("trainable_tokens" in name for name in expected) == 2
+    model.zero_grad()
+    with chunked_head(model):
+        chunked = model(**batch, use_cache=False).loss
+        chunked.backward()
+    assert chunked.item() == pytest.approx(plain.item(), rel=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_the_head_is_back_after_training(attached):
@@ -113,7 +142,7 @@ def test_the_adapter_folder_holds_no_embedding_and_loads_by_itself(attached, tmp
 
 def test_targets_that_the_base_lacks_are_named(random_gpt2, tokenizer):
     roles = add_roles(tokenizer)
-    base = load_base(str(random_gpt2), torch.float32, CPU, len(tokenizer))
+    base = load_base(str(random_gpt2), torch.float32, CPU, tokenizer)
     base.config.model_type = "nobody-knows"
     config = gpt2_lora()
     config.target_modules = {"q_proj"}
