@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Small models gain nothing from threads, and two processes with two threads each on two cores lose much.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
