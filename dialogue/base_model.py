@@ -1,6 +1,6 @@
 """The table of base models; loading one in a precision that suits the machine.
 
-What differs between model families stands in `LORA_TARGETS` and nowhere else.
+What differs between model families stands in `LORA_TARGETS` and `CONV1D_FAMILIES`, and nowhere else.
 """
 
 import gc
@@ -30,6 +30,10 @@ LORA_TARGETS = {
     "gpt2": ["c_attn", "c_proj"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
 }
+
+# Families whose projections keep their weight as (in, out), transformers' Conv1D, where torch's Linear has
+# (out, in). An int8 base has other layers in their place, but its adapter is merged into the 16-bit one.
+CONV1D_FAMILIES = {"gpt2"}
 
 STARTER = "SmolLM2-135M-Instruct"  # the one base model that comes from the Python package index
 

@@ -6,9 +6,8 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
-from dialogue.base_model import LORA_TARGETS
+from dialogue.base_model import CONV1D_FAMILIES, LORA_TARGETS
 from dialogue.errors import UserError
 from dialogue.prompt import Roles
 
@@ -34,8 +33,7 @@ def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> Lora
                 f"{', '.join(sorted(_projections(modules)))} into target_modules of lora_config"
             )
     fitted.target_modules = wanted
-    # GPT-2's Conv1D keeps its weight as (in, out), torch's Linear as (out, in).
-    fitted.fan_in_fan_out = any(isinstance(module, Conv1D) for module in modules.values())
+    fitted.fan_in_fan_out = model.config.model_type in CONV1D_FAMILIES
     ends = [model.get_input_embeddings()]
     if not model.config.tie_word_embeddings:
         ends.append(model.get_output_embeddings())
