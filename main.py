@@ -10,17 +10,23 @@ Edit a default of `generate_text` to change the chat; a flag changes it for one 
 import argparse
 import functools
 import inspect
+import io
+import json
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dialogue import terminal
+from dialogue.commands import WHOLE_NUMBERS
 from dialogue.errors import UserError, exit_code
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
-    from dialogue.generation import Conversation
+    from dialogue.conversation import Conversation
+    from dialogue.generation import Model
 
 # ---- Editable values ---------------------------------------------------------------------------------
 
@@ -40,72 +46,132 @@ def generate_text(
     on_text: Callable[[str], Any] | None = None,  # gets each piece of the reply as it is made
 ) -> str:
     """The bot's reply to `prompt`. Raises UserError for a value out of range or a message too long."""
-    from dialogue.generation import Sampling
+    from dialogue.conversation import check
 
-    sampling = Sampling(max_t, temp, top_k, top_p, min_p, repetition_penalty)
-    pieces = []
-    for piece in (conversation or start_conversation(model_dir)).reply(prompt, sampling):
-        pieces.append(piece)
-        if on_text:
-            on_text(piece)
-    return "".join(pieces)
+    sampling = check(max_t, temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
+    pieces = (conversation or start_conversation(model_dir)).reply(prompt, max_t, sampling)
+    reply = ""
+    with closing(pieces):  # also when `on_text` raises: what was said is kept
+        for piece in pieces:
+            reply += piece
+            if on_text:
+                on_text(piece)
+    return reply
 
 
 # ---- The chat ----------------------------------------------------------------------------------------
 
+SETTINGS = {  # name -> what `--help` says
+    "max_t": "tokens of a reply, at most",
+    "temp": "temperature; 0: always the most probable token",
+    "top_k": "draw from the so many most probable tokens; 0: from all",
+    "top_p": "draw from the most probable tokens that hold this share of the probability",
+    "min_p": "leave out what is less than this share as probable as the best",
+    "repetition_penalty": "above 1: tokens that were there already become less probable",
+}
+
+
+def settings() -> dict[str, Any]:
+    """The settings with their defaults, as `generate_text` has them."""
+    return {name: inspect.signature(generate_text).parameters[name].default for name in SETTINGS}
+
 
 def start_conversation(model: str, precision: str = "auto", seed: int | None = None) -> "Conversation":
     """A new conversation with a model, which is loaded at its first use."""
-    from dialogue.generation import Conversation
+    from dialogue.conversation import Conversation
 
-    weights, tokenizer = _load(model, precision)
-    return Conversation(weights, tokenizer, seed)
+    return Conversation(_load(model, precision), seed)
 
 
 @functools.cache
-def _load(model: str, precision: str) -> Any:
+def _load(model: str, precision: str) -> "Model":
     from dialogue import generation
 
     return generation.load(model, precision)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Flags; a setting of `generate_text` that was not given is None."""
+    """Flags; a setting that was not given is None."""
     parser = argparse.ArgumentParser(prog="main.py", description="Chat with the fine-tuned model.", allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default=model_dir, metavar="DIR", help=f"merged model, adapters, or hub name (default: {model_dir})")
+    add(
+        "--model",
+        default=model_dir,
+        metavar="DIR",
+        help=f"merged model, adapters, or hub name (default: {model_dir})",
+    )
     add("--prompt", metavar="TEXT", help="print one reply and end")
     for name, default in settings().items():
-        about = {"max_t": "tokens of a reply, at most", "temp": "temperature; 0: the most probable token"}.get(name, "")
-        add(f"--{name}", type=type(default), metavar="N", help=f"{about or name} (default: {default})")
-    add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
+        kind = int if name in WHOLE_NUMBERS else float
+        add(f"--{name}", type=kind, metavar="N", help=f"{SETTINGS[name]} (default: {default})")
     add(
-        "--precision", choices=terminal.PRECISIONS, default="auto", help="of the weights; auto: fastest of full quality"
+        "--sampler",
+        choices=("defaults", "fitted"),
+        default="defaults",
+        help="fitted: from generation_config.json",
     )
-    add("--stats", choices=("on", "off", "json"), default="on", help="after each reply; json: on standard error")
+    add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
+    precisions = ("auto", "float32", "bfloat16", "float16")
+    add(
+        "--precision",
+        choices=precisions,
+        default="auto",
+        help="of the weights; auto: the fastest of full quality",
+    )
+    add(
+        "--stats",
+        choices=("on", "off", "json"),
+        default="on",
+        help="after each reply; json: on standard error",
+    )
     add("--debug", action="store_true", help="show a traceback for every error")
     return parser.parse_args(argv)
 
 
-def settings() -> dict[str, Any]:
-    """The settings of `generate_text` with their defaults."""
-    parameters = inspect.signature(generate_text).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, (int, float))}
+def find_model(name: str) -> None:
+    """Raises UserError for what is no model's folder, and cannot be a name on the hub."""
+    folder = Path(name)
+    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+        return
+    if name == model_dir or folder.exists() or name.startswith((".", "/")):
+        raise UserError(
+            f"no model in {name.rstrip('/')}/: train one first with `python Fine_tuningmodel.py` "
+            "(or `--preset starter`, which takes minutes on a CPU)"
+        )
+
+
+def fitted(model: str) -> dict[str, Any]:
+    """Settings from the model's generation_config.json, as far as it has them."""
+    names = {"temperature": "temp", "max_new_tokens": "max_t"}
+    try:
+        values = json.loads(Path(model, "generation_config.json").read_text(encoding="utf-8"))
+        found = {names.get(name, name): value for name, value in values.items() if value is not None}
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--sampler fitted needs a readable {model}/generation_config.json") from error
+    return {name: found[name] for name in SETTINGS if name in found}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Say what is missing at once; then talk, while the model loads behind the first prompt."""
     flags = parse(argv)
-    if flags.model == model_dir and not Path(model_dir).is_dir():
-        raise UserError(
-            f"no model in {model_dir}/: train one first with `python Fine_tuningmodel.py` "
-            "(`--preset starter` takes minutes on a CPU)"
-        )
-    chosen = {name: getattr(flags, name) for name in settings() if getattr(flags, name) is not None}
-    start = functools.partial(start_conversation, flags.model, flags.precision, flags.seed)
+    find_model(flags.model)
+    chosen = fitted(flags.model) if flags.sampler == "fitted" else {}
+    chosen |= {name: getattr(flags, name) for name in SETTINGS if getattr(flags, name) is not None}
+
+    def start() -> "Conversation":
+        from dialogue.conversation import check
+
+        check(**settings() | chosen)
+        return start_conversation(flags.model, flags.precision, flags.seed)
+
+    if not flags.debug:
+        warnings.simplefilter("ignore")  # of libraries; they would stand in the middle of the prompt
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # any bytes can come in, and any terminal be written to
     if flags.prompt is not None:
         terminal.answer([flags.prompt], start, generate_text, chosen, flags.stats)
-    elif sys.stdin.isatty():
+    elif sys.stdin.isatty() and sys.stdout.isatty():
         terminal.chat(start, generate_text, settings(), chosen, flags.stats)
     else:
         terminal.answer(sys.stdin, start, generate_text, chosen, flags.stats)

@@ -1,4 +1,4 @@
-"""The conversation as a person sees it: a prompt, words as they are made, commands."""
+"""The conversation as a person sees it, or a script: a prompt, words as they are made, one line of figures."""
 
 import json
 import os
@@ -12,45 +12,48 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.formatted_text import ANSI
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.formatted_text import AnyFormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 
+from dialogue import commands
 from dialogue.errors import UserError
-from dialogue.plaintext import plain
 
+# torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
-    from dialogue.generation import Conversation, Stats
+    from dialogue.conversation import Conversation, Stats
 
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
-HELP = {
-    "/help": "this list",
-    "/reset": "forget the conversation",
-    "/retry": "another answer to the last message",
-    "/undo": "take the last message and its answer back",
-    "/set NAME VALUE": "change a setting: max_t, temp, top_k, top_p, min_p, repetition_penalty or seed",
-    "/show": "the settings",
-    "/context": "exactly what the model reads",
-    "/save FILE": "write the conversation as JSON chat messages",
-    "/load FILE": "continue a saved conversation",
-    "exit": "leave (so does Ctrl-D); Ctrl-C stops a reply",
-}
+# ---- For scripts -------------------------------------------------------------------------------------
 
 
 def answer(
-    messages: Iterable[str], start: Callable[[], "Conversation"], generate: Callable[..., str], chosen: dict, stats: str
+    messages: Iterable[str],
+    start: Callable[[], "Conversation"],
+    generate: Callable[..., str],
+    chosen: dict,
+    stats: str,
 ) -> None:
-    """For scripts: one reply a message on standard output, everything else on standard error."""
+    """One reply a message on standard output, until `exit`; everything else on standard error."""
     conversation = start()
-    for message in messages:
-        if not message.strip():
-            continue
-        generate(message.strip(), **chosen, conversation=conversation, on_text=_write)
-        _write("\n")
-        if stats == "json" and conversation.stats:
-            print(json.dumps(conversation.stats._asdict()), file=sys.stderr)
+    try:
+        for message in messages:
+            message = message.strip()
+            if message == "exit":
+                break
+            if not message:
+                continue
+            generate(message, **chosen, conversation=conversation, on_text=_write)
+            _write("\n")
+            if conversation.forgotten:
+                print(f"{conversation.forgotten} oldest turns forgotten", file=sys.stderr)
+            if conversation.stats and stats != "off":
+                print(figures(conversation.stats, stats), file=sys.stderr)
+    except BrokenPipeError:  # who read the replies has enough of them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write(text: str) -> None:
@@ -58,178 +61,168 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
+def figures(stats: "Stats", how: str) -> str:
+    """One line: a JSON object, or for a person."""
+    if how == "json":
+        return json.dumps(stats._asdict())
+    later = (stats.new_tokens - 1) / stats.tokens_per_second if stats.tokens_per_second else 0.0
+    seconds = stats.first_token_seconds + later
+    return f"{stats.new_tokens} tokens, {seconds:.1f} s, {stats.tokens_per_second:.0f} tokens/s, {stats.precision}"
+
+
+# ---- On a terminal -----------------------------------------------------------------------------------
+
+
 class Chat:
-    """What a command can look at and change."""
+    """What the commands can look at and change."""
 
     def __init__(
-        self, generate: Callable[..., str], settings: dict[str, Any], chosen: dict[str, Any], stats: str
+        self,
+        loading: "Future[Conversation]",
+        generate: Callable[..., str],
+        defaults: dict,
+        chosen: dict,
+        stats: str,
     ) -> None:
-        self.generate, self.defaults, self.chosen, self.stats = generate, settings, chosen, stats
+        self.loading, self.generate, self.defaults, self.stats = loading, generate, defaults, stats
+        self.chosen = chosen  # settings that a flag or /set gave
         self.console = Console(highlight=False)
-        self.conversation: Conversation
+        self.rich = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("NO_COLOR")
+
+    @property
+    def conversation(self) -> "Conversation":
+        """Waits for the model where it is not there yet. Raises what went wrong with it."""
+        if not self.loading.done():
+            self.note("loading the model ...")
+        return self.loading.result()
+
+    def settings(self) -> dict[str, Any]:
+        """What the next reply is made with."""
+        return self.defaults | self.chosen
+
+    def note(self, text: str) -> None:
+        """A line that is neither the person's nor the bot's."""
+        self.console.print(text, style="dim", markup=False)
+
+    def prompt(self) -> AnyFormattedText:
+        """used/limit, and where to type; before the model is there, just that."""
+        if not self.loading.done() or self.loading.exception():
+            return [("", "you> ")]
+        return [("fg:ansibrightblack", f"{self.conversation.used}/{self.conversation.limit} "), ("", "you> ")]
 
     def say(self, message: str) -> None:
-        """Send a message and print the reply as it is made. Ctrl-C ends the reply and keeps what was said."""
-        _write("bot> ")
-        column = Column(self.console.width, start=5)
-        with interruptible() as stopped:
+        """Send a message and show the reply as it is made. Ctrl-C ends the reply and keeps what was said."""
+        conversation = self.conversation
+        self.console.print("bot> ", end="", style="bold")
+        wrap = Wrap(lambda: self.console.width, column=5)
+        live = self.rich and self.stats == "on"
+        below = "\x1b[J" if live else ""  # clears the live line
+        stopped = ""
+        with interruptible() as interrupted:
 
             def on_text(piece: str) -> None:
-                _write(column.wrap(piece))
-                if stopped.is_set():
+                text = below + wrap.add(piece)
+                if live and conversation.stats:
+                    now = conversation.stats
+                    line = f"{now.new_tokens} tokens, {now.tokens_per_second:.0f} tokens/s"
+                    # One line down, the figures, one line up, to where the text goes on. Relative, since the
+                    # line break may scroll the screen.
+                    text += f"\n\x1b[2m{line[: self.console.width - 1]}\x1b[0m\x1b[1A\x1b[{wrap.column + 1}G"
+                _write(text)
+                if interrupted.is_set():
                     raise Stop
 
             try:
-                self.generate(message, **self.chosen, conversation=self.conversation, on_text=on_text)
-                _write(column.rest())
-            except Stop:
-                _write(column.rest() + " [stopped]")
-        _write("\n")
+                self.generate(message, **self.chosen, conversation=conversation, on_text=on_text)
+            except (Stop, KeyboardInterrupt):
+                stopped = " [stopped]"
+            finally:
+                _write(below + wrap.rest() + stopped + "\n")
+        self.announce_forgotten()
+        if conversation.stats and self.stats == "json":
+            print(figures(conversation.stats, "json"), file=sys.stderr)
+        elif conversation.stats and self.stats == "on":
+            self.note(figures(conversation.stats, "on"))
+
+    def announce_forgotten(self) -> None:
         if self.conversation.forgotten:
-            self.console.print(f"({self.conversation.forgotten} oldest turns forgotten)", style="dim")
-        if self.conversation.stats:
-            self.show_stats(self.conversation.stats)
-
-    def show_stats(self, stats: "Stats") -> None:
-        """One dim line, one JSON object on standard error, or nothing."""
-        if self.stats == "json":
-            print(json.dumps(stats._asdict()), file=sys.stderr)
-        elif self.stats == "on":
-            self.console.print(
-                f"{stats.new_tokens} tokens, first after {stats.first_token_seconds:.1f} s, "
-                f"{stats.tokens_per_second:.0f} tokens/s, {stats.precision}",
-                style="dim",
-            )
-
-    def run(self, line: str) -> None:
-        """A command. Raises UserError where it is wrong; nothing has changed then."""
-        name, _, rest = line[1:].partition(" ")
-        command = getattr(self, f"do_{name}", None)
-        if command is None:
-            raise UserError(
-                f"there is no command /{plain(name)}: /help lists them; // sends a message that starts with /"
-            )
-        command(rest.strip())
-
-    def do_help(self, rest: str) -> None:
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for name, about in HELP.items():
-            table.add_row(name, about)
-        self.console.print(table)
-
-    def do_reset(self, rest: str) -> None:
-        self.conversation.turns = []
-        self.console.print("(a new conversation)", style="dim")
-
-    def do_retry(self, rest: str) -> None:
-        message = self.conversation.undo()
-        if message is None:
-            raise UserError("there is no message to answer again")
-        self.say(message)
-
-    def do_undo(self, rest: str) -> None:
-        message = self.conversation.undo()
-        if message is None:
-            raise UserError("there is nothing to take back")
-        self.console.print(f"(taken back: {message})", style="dim", markup=False)
-
-    def do_set(self, rest: str) -> None:
-        from dialogue.generation import Sampling
-
-        name, _, value = rest.partition(" ")
-        if name == "seed":
-            self.conversation.generator.manual_seed(_number(int, "seed", value))
-        elif name in self.defaults:
-            number = _number(type(self.defaults[name]), name, value)
-            Sampling(**{name: number}).check()
-            self.chosen[name] = number
-        else:
-            raise UserError(f"there is no setting {plain(name)!r}: choose {', '.join(self.defaults)} or seed")
-        self.console.print(f"({name} = {value})", style="dim", markup=False)
-
-    def do_show(self, rest: str) -> None:
-        for name, value in (self.defaults | self.chosen).items():
-            self.console.print(f"{name} = {value}")
-        self.console.print(f"context = {self.conversation.used}/{self.conversation.limit} tokens")
-
-    def do_context(self, rest: str) -> None:
-        from dialogue.prompt import decode_text
-
-        ids = [token for turn in self.conversation.turns for token in turn]
-        self.console.print(plain(decode_text(self.conversation.tokenizer, ids)), markup=False)
-
-    def do_save(self, rest: str) -> None:
-        if not rest:
-            raise UserError("/save needs the name of a file")
-        try:
-            Path(rest).write_text(
-                json.dumps(self.conversation.messages(), indent=2, ensure_ascii=False), encoding="utf-8"
-            )
-        except OSError as error:
-            raise UserError(f"{plain(rest)} could not be written: {error.strerror}") from error
-        self.console.print(f"(saved to {plain(rest)})", style="dim", markup=False)
-
-    def do_load(self, rest: str) -> None:
-        try:
-            self.conversation.restore(json.loads(Path(rest).read_text(encoding="utf-8")))
-        except OSError as error:
-            raise UserError(f"{plain(rest)} could not be read: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{plain(rest)} is not a saved conversation: {plain(str(error))}") from error
-        self.console.print(f"({len(self.conversation.turns)} turns loaded)", style="dim")
-
-
-def _number(kind: type, name: str, text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise UserError(f"{name} needs a {'whole ' if kind is int else ''}number, not {plain(text)!r}") from error
+            self.note(f"{self.conversation.forgotten} oldest turns forgotten")
 
 
 def chat(
-    start: Callable[[], "Conversation"], generate: Callable[..., str], settings: dict, chosen: dict, stats: str
+    start: Callable[[], "Conversation"],
+    generate: Callable[..., str],
+    defaults: dict,
+    chosen: dict,
+    stats: str,
 ) -> None:
     """The conversation on a terminal, until `exit` or end of file."""
     loading = in_background(start)
-    this = Chat(generate, settings, chosen, stats)
-    session: PromptSession = PromptSession(history=_history())
-    this.console.print("Type a message; /help lists commands, exit leaves.", style="dim")
-    loaded = False
+    this = Chat(loading, generate, defaults, chosen, stats)
+    session: PromptSession = PromptSession(
+        history=_history(),
+        completer=WordCompleter([*commands.COMMANDS, *(f"/set {name}" for name in defaults)], sentence=True),
+        complete_while_typing=False,
+        multiline=True,  # a pasted text keeps its lines
+        key_bindings=_keys(),
+    )
+    loading.add_done_callback(lambda _: _refresh(session, loading))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit, so that the terminal is restored
+    this.note("Type a message; /help lists commands, exit leaves.")
+    try:
+        while (line := _ask(session, this)) != "exit":
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    commands.run(this, line)
+                elif line:
+                    this.say(line.removeprefix("/") if line.startswith("//") else line)
+            except UserError as error:
+                if loading.done() and loading.exception():
+                    raise
+                this.console.print(str(error), style="red", markup=False)
+            except KeyboardInterrupt:
+                this.note("stopped")
+        this.note("Bye.")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if not loading.done():
+            # A thread in the middle of an import cannot be stopped, and nobody waits for it.
+            sys.stdout.flush()
+            code = sys.exc_info()[1]
+            os._exit(code.code if isinstance(code, SystemExit) and isinstance(code.code, int) else 0)
+
+
+def _ask(session: PromptSession, this: Chat) -> str:
+    """The next line; "exit" at the end of file. Raises what went wrong with the model meanwhile."""
     while True:
-        used = f"{this.conversation.used}/{this.conversation.limit} " if loaded else ""
-        dim = "" if os.environ.get("NO_COLOR") else "\x1b[2m"
         try:
-            line = session.prompt(ANSI(f"{dim}{used}{dim and chr(27) + '[0m'}you> ")).strip()
+            return session.prompt(this.prompt).strip()
         except KeyboardInterrupt:
-            this.console.print("(type exit to leave)", style="dim")
-            continue
+            if not session.default_buffer.text:
+                this.note("type exit to leave")
         except EOFError:
-            break
-        if line == "exit":
-            break
-        if not line:
-            continue
-        if not loaded:
-            this.conversation = _wait(loading, this.console)
-            loaded = True
-        try:
-            if line.startswith("/") and not line.startswith("//"):
-                this.run(line)
-            else:
-                this.say(line.removeprefix("/") if line.startswith("//") else line)
-        except UserError as error:
-            this.console.print(str(error), style="red", markup=False)
-    this.console.print("Bye.", style="dim")
-    if not loading.done():
-        # A thread in the middle of an import cannot be stopped; nobody waits for it.
-        sys.stdout.flush()
-        os._exit(0)
+            return "exit"
 
 
-def _wait(loading: "Future[Conversation]", console: Console) -> "Conversation":
-    if not loading.done():
-        console.print("(loading the model ...)", style="dim")
-    return loading.result()
+def _refresh(session: PromptSession, loading: "Future[Conversation]") -> None:
+    """From the thread that loads: show used/limit in the prompt; end the prompt if there is no model."""
+    app, error = session.app, loading.exception()
+
+    def refresh() -> None:
+        if error and app.is_running and not app.is_done:
+            app.exit(exception=error)
+        app.invalidate()
+
+    if app.loop and app.is_running:
+        app.loop.call_soon_threadsafe(refresh)
+
+
+def _keys() -> KeyBindings:
+    """Enter sends, Alt-Enter makes a new line: prompt_toolkit has it the other way round for many lines."""
+    keys = KeyBindings()
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+    return keys
 
 
 def in_background(work: Callable[[], Any]) -> "Future[Any]":
@@ -268,30 +261,38 @@ def interruptible() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-class Column:
-    """Wraps words at the terminal's edge while they arrive in pieces: a word is held back until it ends."""
+class Wrap:
+    """Breaks lines between words, at the terminal's edge, while the text arrives in pieces: a word is held
+    back until it ends. A wide character (Chinese, an emoji) is a word of its own."""
 
-    def __init__(self, width: int, start: int) -> None:
-        self.width, self.column, self.word = width, start, ""
+    def __init__(self, width: Callable[[], int], column: int) -> None:
+        self.width, self.column, self.word = width, column, ""
 
-    def wrap(self, piece: str) -> str:
-        """Text to write now."""
+    def add(self, piece: str) -> str:
+        """Text to write now. The last column stays free: there, terminals differ in where the cursor is."""
         out = ""
         for character in piece:
-            if character in " \n":
-                out += self.rest() + (character if character == "\n" or self.column < self.width - 1 else "")
-                self.column = 0 if character == "\n" else self.column + 1
+            if character == "\n":
+                out += self.rest() + "\n"
+                self.column = 0
+            elif character in " \t":
+                out += self.rest()
+                out += " " if self.column < self.width() - 1 else ""
+                self.column += 1
             else:
+                # Skin tones and what follows a zero-width joiner belong to the emoji before them.
+                joined = self.word.endswith("\u200d") or "\U0001f3fb" <= character <= "\U0001f3ff"
+                wide = cell_len(character) == 2 and not joined
+                if wide or cell_len(self.word + character) > self.width() - 1:
+                    out += self.rest()
                 self.word += character
         return out
 
     def rest(self) -> str:
         """The word that was held back."""
-        from rich.cells import cell_len
-
         word, self.word = self.word, ""
         size = cell_len(word)
-        if word and self.column and self.column + size > self.width - 1:
+        if self.column and self.column + size > self.width() - 1:
             self.column = size
             return "\n" + word
         self.column += size
@@ -300,10 +301,10 @@ class Column:
 
 def _history() -> History:
     """Earlier messages, from a file in the user's state folder; in memory where that cannot be written."""
-    folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gpt2-dialogue"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gpt2-dialogue"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / "history").open("a").close()
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: no home
         return InMemoryHistory()
     return FileHistory(folder / "history")

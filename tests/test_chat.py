@@ -1,126 +1,245 @@
 """`main.py` as a person or a script runs it: real processes, a real pseudo-terminal."""
 
+import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pexpect
 import pytest
-from test_generation import merged  # noqa: F401 (a fixture)
+from test_generation import broken_copy, merged  # noqa: F401 (a fixture)
 
 import main as chat
+from dialogue.errors import UserError, exit_code
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-
-
-def run(folder, *flags, said=None):
-    """(standard output, standard error, exit code) of main.py in `folder`."""
-    done = subprocess.run(
-        [sys.executable, MAIN, *flags], cwd=folder, input=said, capture_output=True, text=True, timeout=280, check=False
-    )
-    return done.stdout, done.stderr, done.returncode
+STATS = {"prompt_tokens", "new_tokens", "first_token_seconds", "tokens_per_second", "precision"}
 
 
 @pytest.fixture
 def home(merged, tmp_path, monkeypatch):  # noqa: F811
-    """A working directory in which a model was trained."""
+    """The working directory, in which a model was trained."""
     (tmp_path / "gpt2-dialogue-full").symlink_to(merged)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_no_model_says_how_to_train_one(tmp_path):
-    out, err, code = run(tmp_path)
-    assert (out, code) == ("", 2)
-    assert len(err.strip().splitlines()) == 1
-    assert "python Fine_tuningmodel.py" in err
+def run(capsys, *flags):
+    """(exit code, standard output, standard error) of main.py, in this process: a new one costs seconds."""
+    code = exit_code(lambda: chat.main(list(flags)))
+    return code, *capsys.readouterr()
 
 
-def test_pipe_gets_replies_only(home):
-    out, err, code = run(home, "--max_t", "4", "--temp", "0", "--stats", "json", said="Hi\n\nAnd <END> you?\n")
-    assert code == 0
+# ---- For scripts -------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_replies_only_and_a_merged_model_costs_no_peft(home):
+    """The real thing once: a process of its own, between pipes, given bytes that are no text."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import main\n"
+        "light = not {'torch', 'transformers'} & set(sys.modules)\n"
+        "main.main(sys.argv[1:])\n"
+        "print(light, sorted({'peft', 'datasets', 'bitsandbytes'} & set(sys.modules)), file=sys.stderr)"
+    )
+    flags = ["--max_t", "4", "--temp", "0", "--stats", "json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(MAIN.parent), *flags],
+        input=b"Hi\n\nAnd <END> \xff\x1b[31myou?\nexit\n",
+        capture_output=True,
+        timeout=280,
+    )
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode == 0, err
     assert len(out.splitlines()) >= 2
     assert "\x1b" not in out + err
-    stats = [json.loads(line) for line in err.splitlines()]
-    assert [set(line) for line in stats] == [
-        {"prompt_tokens", "new_tokens", "first_token_seconds", "tokens_per_second", "precision"}
-    ] * 2
+    *stats, modules = err.splitlines()
+    assert [set(json.loads(line)) for line in stats] == [STATS] * 2
+    assert modules == "True []"
 
 
-def test_generate_text_works_alone_and_its_defaults_are_the_chat_s(home, monkeypatch):
-    monkeypatch.chdir(home)
+def test_seed_repeats_a_whole_conversation(home, capsys, monkeypatch):
+    said = []
+    for seed in ("5", "5", "6"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAnd you?\n"))
+        code, out, _ = run(capsys, "--seed", seed, "--max_t", "8", "--stats", "off")
+        assert code == 0
+        said.append(out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_generate_text_works_alone_and_its_defaults_are_the_chat_s(home, capsys, monkeypatch):
     pieces = []
     reply = chat.generate_text("Hello", 6, temp=0, on_text=pieces.append)
     assert reply == "".join(pieces)
     assert chat.generate_text("Hello", max_t=6, temp=0) == reply
     assert list(chat.settings().items())[:4] == [("max_t", 50), ("temp", 0.8), ("top_k", 40), ("top_p", 0.9)]
+    # A person edits the defaults: max_t, temp, top_k, top_p.
+    monkeypatch.setattr(chat.generate_text, "__defaults__", (6, 0, 40, 0.9))
+    assert run(capsys, "--prompt", "Hello", "--stats", "off") == (0, f"{reply}\n", "")
+    assert len(run(capsys, "--prompt", "Hello", "--stats", "json", "--max_t", "3")[1]) < len(reply)
+
+
+def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):  # noqa: F811
+    values = {"temperature": 0, "max_new_tokens": 3, "eos_token_id": 1}
+    folder = tmp_path / "fitted"
+    folder.mkdir()
+    broken_copy(merged, folder, "generation_config.json", lambda data: json.dumps(values).encode())
+    assert chat.fitted(str(folder)) == {"temp": 0, "max_t": 3}
+    code, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--sampler", "fitted", "--stats", "json")
+    assert code == 0 and json.loads(err)["new_tokens"] <= 3
+    (folder / "generation_config.json").write_text("[")
+    assert run(capsys, "--model", str(folder), "--sampler", "fitted")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--temp", "-1"], "temp must be"),
+        (["--max_t", "0"], "max_t must be"),
+        (["--seed", str(2**80)], "seed must be"),
+        (["--model", "nowhere"], "nowhere cannot be loaded"),
+        (["--model", "./nowhere"], r"no model in \./nowhere/: train one first"),
+        (["--model", "."], "no model in"),
+        (["--prompt", "long " * 200], "make it shorter"),
+    ],
+)
+def test_mistakes_are_one_line(home, capsys, flags, said):
+    code, out, err = run(capsys, "--prompt", "Hi", *flags)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"error: .*{said}.*\n", err), err
+
+
+def test_no_model_says_how_to_train_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(
+        r"error: no model in gpt2-dialogue-full/: .*python Fine_tuningmodel\.py.*--preset starter.*\n", err
+    )
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError):
+        exit_code(lambda: chat.main([]), debug=True)
+
+
+# ---- On a terminal -----------------------------------------------------------------------------------
+
+
+class Terminal(pexpect.spawn):
+    """main.py on a pseudo-terminal, as `xterm` and 60 columns wide."""
+
+    def __init__(self, *flags, **environment):
+        environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **environment}
+        super().__init__(
+            sys.executable, [str(MAIN), *flags], encoding="utf-8", timeout=30, dimensions=(24, 60), env=environment
+        )
+
+    def type(self, line, *expected):
+        """Send a line; each pattern has to appear, in this order."""
+        self.send(line + "\r")
+        for pattern in expected:
+            self.expect(pattern)
+
+    def leaves(self, code):
+        """The process ends with `code`, and leaves the terminal as terminals are."""
+        flags = 0
+        self.expect(pexpect.EOF)
+        flags = termios.tcgetattr(self.child_fd)[3]
+        self.close()
+        assert (self.exitstatus, self.signalstatus) == (code, None)
+        assert flags & termios.ICANON and flags & termios.ECHO, "the terminal is left in raw mode"
 
 
 def test_a_conversation_on_a_terminal(home):
     """One session for all of it: a start of the process costs seconds."""
-    terminal = pexpect.spawn(
-        sys.executable, [str(MAIN), "--seed", "5", "--max_t", "90"], cwd=home, encoding="utf-8", timeout=120,
-        dimensions=(24, 60), env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
-    )  # fmt: skip
+    talk = Terminal("--seed", "5", "--max_t", "30")
+    talk.expect("/help lists commands")
+    talk.expect("you>")
+    talk.sendintr()
+    talk.expect("type exit to leave")
+    talk.expect("0/96 .*you>")  # the model came while nobody typed
 
-    def command(text, *expected):
-        terminal.sendline(text)
-        for pattern in expected:
-            terminal.expect(pattern)
+    talk.type("/undo", "nothing to take back")
+    talk.type("/why", "there is no reply yet")
+    talk.type("Hello you", "bot> ", r"\d+ tokens, \d+ tokens/s", r"30 tokens, [\d.]+ s, \d+ tokens/s, \w+", "3[0-9]/96")
+    talk.type("/why", "rank", "<END>", "tokens each setting")
+    talk.setwinsize(30, 40)
+    talk.type("/set temp 0", "temp = 0")
+    talk.type("/set max_t 5", "max_t = 5")
+    talk.type("/set temp hot", "must be a number")
+    talk.type("/show", r"max_t +5", r"temp +0\.0", r"top_k +40 +default", r"seed +5", r"context +\d+/96")
+    talk.type("/retry", "bot> ", "5 tokens, ")
+    talk.type("/save talk.json", "saved to talk.json")
+    talk.type("/undo", "taken back: Hello you")
+    talk.type("/retry", "no message to answer")
+    talk.type("/load talk.json", "2 turns loaded")
+    talk.type("/context", "<USER>Hello you<END>", "<BOT>")
+    talk.type("/nonsense", "no command /nonsense")
+    talk.type("//slash", "bot> ", "5 tokens, ")
+    talk.type("/context", "<USER>/slash<END>")
+    talk.type("/reset", "a new conversation")
+    talk.send("\x1b[200~two\nlines\x1b[201~")  # as a terminal sends what is pasted
+    talk.type("", "bot> ", "5 tokens, ")
+    talk.type("word " * 150, "the message has 150 tokens")
+    talk.type("word " * 80, "bot> ", "2 oldest turns forgotten")
 
-    terminal.expect("/help lists commands")
-    terminal.expect("you>")
-    terminal.sendintr()
-    terminal.expect("type exit to leave")
-    command("/undo", "nothing to take back")
-    command("Hello you", "bot> ", "tokens/s")
-    terminal.setwinsize(30, 40)
-    command("/set temp 0", r"temp = 0")
-    command("/set max_t 5", r"max_t = 5")
-    command("/set temp hot", "needs a number")
-    command("/set top_p 7", "must lie between")
-    command("/show", r"max_t = 5", r"temp = 0.0", r"context = \d+/96")
-    command("/retry", "bot> ", "tokens/s")
-    command("/save talk.json", "saved to talk.json")
-    command("/undo", "taken back: Hello you")
-    command("/load talk.json", "2 turns loaded")
-    command("/load nowhere.json", "could not be read")
-    command("/context", "<USER>Hello you<END>")
-    command("/nonsense", "no command /nonsense")
-    command("//slash", "bot> ", "tokens/s")
-    command("/reset", "a new conversation")
-    command("/set max_t 85", "max_t = 85")
-    command("/set temp 1.5", "temp = 1.5")
-    terminal.sendline("talk on and on")
-    terminal.expect("bot> ..")
-    terminal.sendintr()
-    terminal.expect(r"\[stopped\]|tokens/s")
-    command("exit", "Bye")
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 0
+    talk.type("/reset", "a new conversation")
+    talk.type("/set max_t 85", "max_t = 85")
+    talk.type("/set temp 1.5", "temp = 1.5")
+    talk.type("talk on and on", "bot> ", "3 tokens, ")
+    talk.sendintr()
+    talk.expect(r"\[stopped\]")
+    talk.expect("you>")
+    talk.type("/save stopped.json", "saved to stopped.json")
+    talk.type("/save gpt2-dialogue-full/config.json", "not a conversation")
+    talk.type("exit", "Bye")
+    talk.leaves(0)
+
     saved = json.loads((home / "talk.json").read_text())
     assert [message["role"] for message in saved] == ["user", "assistant"]
     assert saved[0]["content"] == "Hello you"
-    assert "Hello you" in (home / "state/gpt2-dialogue/history").read_text()
+    stopped = json.loads((home / "stopped.json").read_text())
+    assert stopped[0]["content"] == "talk on and on" and stopped[1]["content"]
+    history = (home / "state/gpt2-dialogue/history").read_text()
+    assert "+Hello you" in history and "+two\n+lines" in history
 
 
-def test_end_of_file_leaves_before_the_model_is_there(home):
-    terminal = pexpect.spawn(sys.executable, [str(MAIN)], cwd=home, encoding="utf-8", timeout=60)
-    terminal.expect("you>")
-    terminal.sendeof()
-    terminal.expect("Bye")
-    terminal.expect(pexpect.EOF)
-    terminal.close()
-    assert terminal.exitstatus == 0
+def test_plain_text_where_colours_are_not_wanted(home):
+    talk = Terminal("--max_t", "5", "--stats", "json", TERM="dumb")
+    talk.expect("you> ")
+    talk.type("Hello", "bot> ", r"{.*tokens_per_second.*}", "you> ")
+    shown = talk.before + talk.after
+    talk.type("exit", "Bye")
+    talk.leaves(0)
+    assert "\x1b" not in shown.split("bot> ")[-1]
 
 
-@pytest.mark.parametrize("flags", [["--temp", "hot"], ["--nonsense"], ["--model", "nowhere", "--prompt", "Hi"]])
-def test_mistakes_are_said_in_a_line(home, flags):
-    out, err, code = run(home, *flags)
-    assert (out, code) == ("", 2)
-    assert re.search("error: ", err.splitlines()[-1])
-    assert "Traceback" not in err
+@pytest.mark.parametrize("way", ["eof", "exit", "terminated"])
+def test_leaving_before_the_model_is_there(home, way):
+    talk = Terminal()
+    talk.expect("you>")
+    if way == "terminated":
+        talk.kill(signal.SIGTERM)
+    else:
+        talk.send("\x04" if way == "eof" else "exit\r")
+        talk.expect("Bye")
+    talk.leaves(143 if way == "terminated" else 0)
+
+
+def test_a_broken_model_ends_the_prompt_with_a_line(home, merged, tmp_path):  # noqa: F811
+    (tmp_path / "broken").mkdir()
+    broken_copy(merged, tmp_path / "broken", "model.safetensors", lambda data: data[:1000])
+    talk = Terminal("--model", "broken")
+    talk.expect("you>")
+    talk.expect("error: broken cannot be loaded: ")
+    talk.leaves(2)
+    assert "Traceback" not in talk.before

@@ -1,0 +1,187 @@
+"""What a person can type besides a message. A command that is wrong raises UserError and changes nothing."""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from dialogue.errors import UserError
+from dialogue.plaintext import plain
+
+if TYPE_CHECKING:
+    from dialogue.terminal import Chat
+
+COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
+WHOLE_NUMBERS = ("max_t", "top_k", "seed")  # the other settings are any numbers
+
+
+def command(usage: str) -> Callable:
+    """Enter a function, whose docstring `/help` shows, under the first word of `usage`."""
+
+    def enter(function: Callable[["Chat", str], None]) -> Callable[["Chat", str], None]:
+        COMMANDS[usage.split()[0]] = (usage, function)
+        return function
+
+    return enter
+
+
+def run(chat: "Chat", line: str) -> None:
+    """Carry out a line that starts with "/"."""
+    name, _, rest = line.partition(" ")
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {plain(name)}: /help lists them; // sends a message that starts with /")
+    usage, function = COMMANDS[name]
+    if bool(rest.strip()) != (" " in usage):
+        raise UserError(f"it is typed {usage}")
+    function(chat, rest.strip())
+
+
+@command("/help")
+def show_help(chat: "Chat", rest: str) -> None:
+    """this list"""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for usage, function in COMMANDS.values():
+        table.add_row(usage, str(function.__doc__))
+    table.add_row("//TEXT", "a message that starts with /")
+    table.add_row("exit", "leave (so does Ctrl-D); Ctrl-C stops a reply")
+    table.add_row("Alt-Enter", "a new line in a message")
+    chat.console.print(table)
+
+
+@command("/reset")
+def reset(chat: "Chat", rest: str) -> None:
+    """forget the conversation"""
+    chat.conversation.turns = []
+    chat.note("a new conversation")
+
+
+@command("/retry")
+def retry(chat: "Chat", rest: str) -> None:
+    """another answer to the last message"""
+    before = chat.conversation.turns
+    message = chat.conversation.undo()
+    if message is None:
+        raise UserError("there is no message to answer again")
+    remaining = chat.conversation.turns
+    try:
+        chat.say(message)
+    finally:
+        if chat.conversation.turns is remaining:  # no answer came
+            chat.conversation.turns = before
+
+
+@command("/undo")
+def undo(chat: "Chat", rest: str) -> None:
+    """take the last message and its answer back"""
+    message = chat.conversation.undo()
+    if message is None:
+        raise UserError("there is nothing to take back")
+    chat.note(f"taken back: {plain(message)}")
+
+
+@command("/set NAME VALUE")
+def set_value(chat: "Chat", rest: str) -> None:
+    """change max_t, temp, top_k, top_p, min_p, repetition_penalty or seed"""
+    name, _, text = rest.partition(" ")
+    settings = chat.settings()
+    if name not in (*settings, "seed"):
+        raise UserError(f"there is no setting {plain(name)}: choose {', '.join(settings)} or seed")
+    kind: Any = int if name in WHOLE_NUMBERS else float
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise UserError(f"{name} must be a {'whole ' if kind is int else ''}number, not {plain(text)!r}") from error
+    if name == "seed":
+        chat.conversation.set_seed(value)
+    else:
+        from dialogue.conversation import check  # imports torch; the prompt does not wait for that
+
+        check(**{**settings, name: value})
+        chat.chosen[name] = value
+    chat.note(f"{name} = {value}")
+
+
+@command("/show")
+def show(chat: "Chat", rest: str) -> None:
+    """the settings"""
+    conversation = chat.conversation
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, value in chat.settings().items():
+        table.add_row(name, str(value), "" if name in chat.chosen else "default")
+    table.add_row("seed", str(conversation.seed))
+    table.add_row("precision", conversation.model.engine.precision)
+    table.add_row("context", f"{conversation.used}/{conversation.limit}", "tokens")
+    chat.console.print(table)
+
+
+@command("/context")
+def context(chat: "Chat", rest: str) -> None:
+    """exactly what the model reads"""
+    # What a terminal would obey is shown as an escape: "\x1b".
+    text = "".join(c if plain(c) else repr(c)[1:-1] for c in chat.conversation.context())
+    chat.console.print(re.sub("(<END>)(?=<USER>|<BOT>)", r"\1\n", text) or "(nothing yet)", markup=False)
+
+
+@command("/why")
+def why(chat: "Chat", rest: str) -> None:
+    """how each token of the last reply was drawn, and what the settings had removed"""
+    from dialogue.conversation import check
+    from dialogue.prompt import decode_text
+
+    explained = chat.conversation.why(check(**chat.settings()))
+    if not explained:
+        raise UserError("there is no reply yet")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for title in ("token", "rank", "model", "temp", "drawn"):
+        table.add_column(title, justify="left" if title == "token" else "right")
+    for name in explained[0].removed:
+        table.add_column(f"-{name}", justify="right")
+    for each in explained:
+        token = Text(repr(decode_text(chat.conversation.tokenizer, [each.token]))[1:-1])
+        shares = (f"{share:.1%}" for share in (each.probability, each.tempered, each.drawn))
+        table.add_row(token, str(each.rank), *shares, *(str(count or "") for count in each.removed.values()))
+    chat.console.print(table)
+    chat.note(
+        "probability by the model alone, after repetition penalty and temperature, and as drawn; "
+        "then how many tokens each setting had removed"
+    )
+
+
+@command("/save FILE")
+def save(chat: "Chat", rest: str) -> None:
+    """write the conversation as JSON chat messages"""
+    path = Path(os.path.expanduser(rest))
+    if path.exists():
+        from dialogue.conversation import check_messages
+
+        check_messages(read_messages(path))  # nothing but an earlier conversation is overwritten
+    text = json.dumps(chat.conversation.messages(), indent=2, ensure_ascii=False) + "\n"
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{plain(rest)} could not be written: {error.strerror}") from error
+    chat.note(f"saved to {plain(rest)}")
+
+
+@command("/load FILE")
+def load(chat: "Chat", rest: str) -> None:
+    """continue a saved conversation"""
+    messages = read_messages(Path(os.path.expanduser(rest)))
+    chat.conversation.restore(messages)
+    chat.note(f"{len(chat.conversation.turns)} turns loaded")
+    chat.announce_forgotten()
+
+
+def read_messages(path: Path) -> Any:
+    """The JSON in a file. Raises UserError where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{plain(str(path))} could not be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{plain(str(path))} is not a saved conversation: {plain(str(error))}") from error

@@ -1,0 +1,197 @@
+"""A conversation with a model: what was said, what is forgotten, the reply as a stream of text."""
+
+import time
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import torch
+
+from dialogue.errors import UserError
+from dialogue.generation import Model
+from dialogue.plaintext import plain, stable
+from dialogue.prompt import decode_text, encode_turn
+from dialogue.sampling import Explained, Sampling, candidates, draw, explain
+
+SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
+
+
+class Stats(NamedTuple):
+    """One reply in numbers."""
+
+    prompt_tokens: int  # that had to be read for it; what the cache held is not among them
+    new_tokens: int  # <END> is not among them
+    first_token_seconds: float
+    tokens_per_second: float  # after the first one
+    precision: str
+
+
+def check(max_t: int, **values: Any) -> Sampling:
+    """The sampling that `values` name. Raises UserError for a value out of range."""
+    if not isinstance(max_t, int) or max_t < 1:
+        raise UserError(f"max_t must be a whole number above 0, not {max_t}")
+    try:
+        return Sampling(**values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+class Conversation:
+    """Turns so far. The model's cache outlives a turn, so that a turn costs its own new tokens only."""
+
+    def __init__(self, model: Model, seed: int | None = None) -> None:
+        self.model, self.tokenizer, self.roles, self.limit = model, model.tokenizer, model.roles, model.limit
+        self.turns: list[list[int]] = []  # closed turns of ids: USER's, BOT's, USER's, ...
+        self.forgotten = 0  # turns that left the context for the last reply
+        self.sampling: Sampling | None = None  # of the last reply
+        self.stats: Stats | None = None  # of the last reply, also while it is being made
+        self.generator = torch.Generator()
+        self.set_seed(seed)
+
+    def set_seed(self, seed: int | None) -> None:
+        """What is drawn from here on repeats exactly; None takes an unpredictable seed."""
+        try:
+            self.seed = self.generator.seed() if seed is None else seed
+            self.generator.manual_seed(self.seed)
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}") from error
+
+    @property
+    def used(self) -> int:
+        """Tokens of the conversation so far."""
+        return sum(map(len, self.turns))
+
+    def reply(self, message: str, max_t: int, sampling: Sampling) -> Generator[str, None, None]:
+        """Say `message`, and yield the answer piece by piece; whole characters, no control sequences.
+
+        Stops at <END>, after `max_t` tokens, at the end of the context, or when the caller closes the
+        iterator; what was said until then is kept. Raises UserError for a message that does not fit into the
+        context, and for a model whose logits are not numbers; the conversation is then as it was before.
+        """
+        turn = self._turn(0, message)
+        free = self.limit - len(turn) - 2  # <BOT> and <END> of the answer
+        if free < 1:
+            raise UserError(f"the message has {len(turn) - 2} tokens, {self.limit - 5} fit: make it shorter")
+        before = self.turns
+        kept = self._newest(free - min(max_t, free // 2))
+        self.turns = [*kept, turn]
+        self.forgotten = len(before) - len(kept)
+        prompt = [token for turn in self.turns for token in turn] + [self.roles.bot]
+        said: list[int] = []
+        try:
+            yield from self._stream(prompt, said, min(max_t, self.limit - 1 - len(prompt)), sampling)
+        except BaseException:
+            if not said:
+                self.turns, self.forgotten = before, 0
+            raise
+        finally:
+            if self.turns is not before:
+                self.turns = [*self.turns, [self.roles.bot, *said, self.roles.end]]
+                self.sampling = sampling
+
+    def _stream(self, prompt: list[int], said: list[int], most: int, sampling: Sampling) -> Generator[str, None, None]:
+        """Yield text while `said` fills with the reply's ids, <END> apart."""
+        start = time.perf_counter()
+        first, shown, read_before = 0.0, "", self.model.tokens_read
+        self.stats, prompt_tokens = None, 0
+        while len(said) < most:
+            logits = self.model.logits(prompt + said)
+            if not said:
+                prompt_tokens = self.model.tokens_read - read_before
+            try:
+                token = draw(candidates(logits, sampling, prompt + said, self.model.forbidden), self.generator)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            now = time.perf_counter()
+            first = first or now
+            said += [token] if token != self.roles.end else []
+            rate = (len(said) - 1) / (now - first) if len(said) > 1 else 0.0
+            self.stats = Stats(prompt_tokens, len(said), first - start, rate, self.model.engine.precision)
+            if token == self.roles.end:
+                break
+            # All of it is decoded each time: a token alone may be half of a character.
+            text = stable(decode_text(self.tokenizer, said))
+            if len(text) > len(shown) and text.startswith(shown):
+                yield text[len(shown) :]
+                shown = text
+        rest = plain(decode_text(self.tokenizer, said))
+        if len(rest) > len(shown):
+            yield rest[len(shown) :]
+
+    def _newest(self, room: int) -> list[list[int]]:
+        """The turns, or where they exceed `room` tokens the newest of them; a message goes with its answer.
+
+        Then a quarter of `room` is left free: the rest is read again once, and not at every turn from now on.
+        """
+        sizes = [len(turn) for turn in self.turns]
+        oldest = 0
+        if sum(sizes) > room:
+            while sum(sizes[oldest:]) > room * 3 // 4:
+                oldest += 2
+        return self.turns[oldest:]
+
+    def why(self, sampling: Sampling) -> list[Explained]:
+        """How each token of the last answer, and the <END> after it, came to be drawn.
+
+        The answer is read once more: nothing needs to be kept while it is made. `sampling` stands in where
+        the conversation was loaded from a file.
+        """
+        if not self.turns:
+            return []
+        *before, answer = self.turns
+        ids = [token for turn in before for token in turn] + answer[:1]
+        explained = []
+        for token in answer[1:]:
+            explained.append(
+                explain(self.model.logits(ids), token, self.sampling or sampling, ids, self.model.forbidden)
+            )
+            ids.append(token)
+        return explained
+
+    def undo(self) -> str | None:
+        """Take the last message and its answer back; returns the message, None where there is none."""
+        if not self.turns:
+            return None
+        message = self.text(len(self.turns) - 2)
+        self.turns = self.turns[:-2]
+        return message
+
+    def text(self, turn: int) -> str:
+        """A turn's text without its role token and <END>."""
+        return decode_text(self.tokenizer, self.turns[turn][1:-1])
+
+    def context(self) -> str:
+        """Exactly what the model has been told, control tokens included."""
+        return decode_text(self.tokenizer, [token for turn in self.turns for token in turn])
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation in the shape of chat messages."""
+        return [{"role": _role(index), "content": self.text(index)} for index in range(len(self.turns))]
+
+    def restore(self, messages: Any) -> None:
+        """Take over a conversation of that shape; of one that is too long, the newest turns.
+
+        Raises UserError for any other shape, and changes nothing then.
+        """
+        check_messages(messages)
+        self.turns = [self._turn(index, message["content"]) for index, message in enumerate(messages)]
+        kept = self._newest(self.limit)
+        self.turns, self.forgotten, self.sampling = kept, len(messages) - len(kept), None
+
+    def _turn(self, index: int, text: str) -> list[int]:
+        """A closed turn of ids. Half a character that a terminal or a file brought in becomes a "?"."""
+        whole = text.encode("utf-8", "replace").decode("utf-8")
+        return encode_turn(self.tokenizer, self.roles.bot if index % 2 else self.roles.user, whole, self.roles.end)
+
+
+def check_messages(messages: Any) -> None:
+    """Raises UserError for anything but a conversation in the shape of chat messages."""
+    if not isinstance(messages, list) or len(messages) % 2:
+        raise UserError(f"not a conversation: needed is {SHAPE}")
+    for index, message in enumerate(messages):
+        named = isinstance(message, dict) and message.get("role") == _role(index)
+        if not named or not isinstance(message.get("content"), str):
+            raise UserError(f"not a conversation (message {index + 1}): needed is {SHAPE}")
+
+
+def _role(index: int) -> str:
+    return "assistant" if index % 2 else "user"

@@ -1,0 +1,118 @@
+"""What is written to a terminal, a pipe and a history file; without a model."""
+
+import io
+import os
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
+
+from dialogue import commands, terminal
+from dialogue.conversation import Stats
+from dialogue.errors import UserError
+
+letters = st.text(alphabet="abc  \n\t你好👋🏽é,", max_size=12)
+
+
+def lay(pieces, width, column=0):
+    wrap = terminal.Wrap(lambda: width, column)
+    return "".join(wrap.add(piece) for piece in pieces) + wrap.rest()
+
+
+@given(st.lists(letters, max_size=12), st.integers(8, 40))
+def test_lines_break_at_the_edge_and_nothing_is_lost(pieces, width):
+    text = "".join(pieces)
+    out = lay(pieces, width)
+    assert all(cell_len(line) < width for line in out.split("\n"))
+    assert "".join(out.split()) == "".join(text.split())
+    assert out == lay(text, width), "how the text is cut into pieces shows"
+
+
+def test_words_stay_whole():
+    assert lay(["Good mor", "ning to", " you all"], 10) == "Good \nmorning \nto you \nall"
+    assert lay(["bot says hi"], 10, column=5) == "bot \nsays hi"
+    assert lay("abcdefghijklmno", 8) == "abcdefg\nhijklmn\no"
+    assert lay("你好你好你好", 8) == "你好你\n好你好"
+    wrap = terminal.Wrap(lambda: 40, 0)
+    assert wrap.add("half a wo") == "half a ", "a word waits until it ends"
+    assert wrap.add("rd 你好") == "word 你"
+
+
+def test_a_resized_terminal_is_noticed():
+    width = 40
+    wrap = terminal.Wrap(lambda: width, 0)
+    assert wrap.add("one two ") == "one two "
+    width = 10
+    assert wrap.add("three four ") == "\nthree \nfour "
+
+
+class Replies:
+    """What `answer` needs of a conversation."""
+
+    stats = Stats(3, 5, 0.5, 8.0, "float32")
+    forgotten = 0
+
+
+def answer(messages, stats="on"):
+    heard = []
+
+    def generate(message, conversation, on_text, **chosen):
+        heard.append((message, chosen))
+        on_text(f"re: {message}")
+
+    terminal.answer(messages, Replies, generate, {"temp": 0}, stats)
+    return heard
+
+
+def test_replies_go_to_standard_output_and_the_rest_does_not(capsys):
+    assert answer(["Hi\n", "\n", " you \n", "exit\n", "never\n"]) == [("Hi", {"temp": 0}), ("you", {"temp": 0})]
+    out, err = capsys.readouterr()
+    assert out == "re: Hi\nre: you\n"
+    assert err == "5 tokens, 1.0 s, 8 tokens/s, float32\n" * 2
+    answer(["Hi"], "off")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_who_leaves_is_no_error(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert answer(["Hi", "again"]) == [("Hi", {"temp": 0})]
+
+
+def test_history_is_kept_where_it_can_be(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    terminal._history().append_string("hello")
+    assert list(terminal._history().load_history_strings()) == ["hello"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    terminal._history().append_string("hello")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [("/nonsense", "no command /nonsense"), ("/", "no command /"), ("/set", "typed /set NAME VALUE"),
+     ("/set mood 3", "no setting mood"), ("/set temp hot", "temp must be a number"), ("/set top_k 1.5", "whole number"),
+     ("/set top_p 7", "top_p must be"), ("/set max_t 0", "max_t must be"), ("/save", "typed /save FILE"),
+     ("/undo twice", "typed /undo"), ("/load nowhere.json", "could not be read"), ("/load .", "could not be read")],
+)  # fmt: skip
+def test_a_wrong_command_explains_itself_and_changes_nothing(line, said):
+    loading = terminal.in_background(lambda: None)
+    loading.result()
+    chat = terminal.Chat(loading, print, {"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9}, {}, "on")
+    with pytest.raises(UserError, match=said):
+        commands.run(chat, line)
+    assert chat.chosen == {}
+
+
+def test_plain_text_without_colours(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    chat = terminal.Chat(terminal.in_background(lambda: None), print, {}, {}, "on")
+    chat.note("nothing but text [red]here[/red]")
+    commands.show_help(chat, "")
+    assert not chat.rich and "\x1b" not in sys.stdout.getvalue()
+    assert "[red]here[/red]" in sys.stdout.getvalue()
+    assert all(f"{usage} " in sys.stdout.getvalue() for usage, _ in commands.COMMANDS.values())
