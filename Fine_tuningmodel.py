@@ -75,7 +75,7 @@ presets: dict[str, dict] = {
     "starter": {
         "base_model": base_models.STARTER,
         "dataset": "chitchat",
-        "max_train_dialogues": 360,
+        "max_train_dialogues": 300,
         "max_length": 256,  # chitchat's episodes have 144 tokens in the mean; attention in long rows costs time
         "training": {
             "num_train_epochs": 1,
