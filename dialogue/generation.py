@@ -127,7 +127,13 @@ def load(name: str, precision: str = "auto") -> Model:
     except LookupError as error:
         raise UserError(f"{name} is no dialogue model: {error}; train one with `python Fine_tuningmodel.py`") from error
     except Exception as error:  # a broken folder fails in a library, in as many ways as there are files
-        raise UserError(f"{name} cannot be loaded: {_line(error)}") from error
+        if Path(name).is_dir():
+            raise UserError(
+                f"{name} cannot be loaded: {_line(error)}; write it again, or take another --model"
+            ) from error
+        raise UserError(
+            f"{name} cannot be loaded: no such folder, and not to be had from the hub: {_line(error)}"
+        ) from error
     rows = model.get_output_embeddings().weight.shape[0]
     if rows <= max(tokenizer.get_vocab().values()):
         raise UserError(f"{name} is broken: its tokenizer knows more tokens than the model's {rows}")
@@ -167,4 +173,4 @@ def _load_adapter(name: str, tokenizer: PreTrainedTokenizerBase, options: dict[s
 
 
 def _line(error: Exception) -> str:
-    return plain(" ".join(str(error).split()))[:300] or type(error).__name__
+    return plain(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -27,15 +27,8 @@ if TYPE_CHECKING:
     from dialogue.conversation import Conversation, Stats
 
 
-# ---- For scripts -------------------------------------------------------------------------------------
-
-
 def answer(
-    messages: Iterable[str],
-    start: Callable[[], "Conversation"],
-    generate: Callable[..., str],
-    chosen: dict,
-    stats: str,
+    messages: Iterable[str], start: Callable[[], "Conversation"], generate: Callable[..., str], chosen: dict, stats: str
 ) -> None:
     """One reply a message on standard output, until `exit`; everything else on standard error."""
     conversation = start()
@@ -70,24 +63,17 @@ def figures(stats: "Stats", how: str) -> str:
     return f"{stats.new_tokens} tokens, {seconds:.1f} s, {stats.tokens_per_second:.0f} tokens/s, {stats.precision}"
 
 
-# ---- On a terminal -----------------------------------------------------------------------------------
-
-
 class Chat:
     """What the commands can look at and change."""
 
     def __init__(
-        self,
-        loading: "Future[Conversation]",
-        generate: Callable[..., str],
-        defaults: dict,
-        chosen: dict,
-        stats: str,
+        self, loading: "Future[Conversation]", generate: Callable[..., str], defaults: dict, chosen: dict, stats: str
     ) -> None:
         self.loading, self.generate, self.defaults, self.stats = loading, generate, defaults, stats
         self.chosen = chosen  # settings that a flag or /set gave
-        self.console = Console(highlight=False)
-        self.rich = self.console.is_terminal and not self.console.is_dumb_terminal and not os.environ.get("NO_COLOR")
+        plain = bool(os.environ.get("NO_COLOR"))  # rich alone would still write bold and dim
+        self.console = Console(highlight=False, color_system=None if plain else "auto")
+        self.rich = self.console.is_terminal and not self.console.is_dumb_terminal and not plain
 
     @property
     def conversation(self) -> "Conversation":
@@ -185,11 +171,11 @@ def chat(
         this.note("Bye.")
     finally:
         signal.signal(signal.SIGTERM, before)
-        if not loading.done():
+        leaving = sys.exc_info()[1]
+        if not loading.done() and (leaving is None or isinstance(leaving, SystemExit)):
             # A thread in the middle of an import cannot be stopped, and nobody waits for it.
             sys.stdout.flush()
-            code = sys.exc_info()[1]
-            os._exit(code.code if isinstance(code, SystemExit) and isinstance(code.code, int) else 0)
+            os._exit(143 if leaving else 0)
 
 
 def _ask(session: PromptSession, this: Chat) -> str:
