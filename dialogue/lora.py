@@ -51,9 +51,17 @@ def _projections(modules: dict) -> set[str]:
     }
 
 
-def attach(model: PreTrainedModel, config: LoraConfig, roles: Roles) -> PeftModel:
-    """`model` with trainable LoRA weights and role-token rows (float32); everything else is frozen."""
-    return get_peft_model(model, fit_config(config, model, roles))
+def attach(
+    model: PreTrainedModel, config: LoraConfig, roles: Roles, changes: dict[str, Any] | None = None
+) -> PeftModel:
+    """`model` with trainable LoRA weights and role-token rows (float32); everything else is frozen.
+
+    `changes` are fields that take the place of `config`'s, which itself stays as it is.
+    """
+    fitted = fit_config(config, model, roles)
+    for name, value in (changes or {}).items():
+        setattr(fitted, name, value)
+    return get_peft_model(model, fitted)
 
 
 def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
