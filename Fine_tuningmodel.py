@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dialogue import base_model as base_models
-from dialogue import command_line, corpus, lora, merge, packing, report, storage, training
+from dialogue import command_line, corpus, lora, merge, packing, rehearsal, report, storage, training
 from dialogue.errors import UserError, exit_code
 from dialogue.evaluate import hold_out
 from dialogue.loss import chunked_head
@@ -137,9 +137,9 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Rehearsal and plan
-    rehearsal = training.rehearse(model, tokenizer, rows, arguments)
-    steps = training.count_steps(len(rows), arguments)
-    seconds = training.estimate_seconds(rehearsal, steps, validation, arguments)
+    rehearsed = rehearsal.rehearse(model, tokenizer, rows, arguments)
+    steps = rehearsal.count_steps(len(rows), arguments)
+    seconds = rehearsal.estimate_seconds(rehearsed, steps, validation, arguments)
     trainable = model.num_parameters(only_trainable=True)
     plan = {
         "base model": f"{chosen['base_model']} ({parameters / 1e6:.0f} M parameters)",
@@ -149,14 +149,14 @@ def main(argv: list[str] | None = None) -> None:
         "dialogues": "; ".join([f"{len(train_pieces):,} of {talk.source}", *talk.notes, *notes]),
         "tokens": f"{sum(len(row['labels']) for row in rows):,} an epoch, in {len(rows):,} rows of {length}",
         "steps": f"{steps:,} in {arguments.num_train_epochs:g} epochs" if arguments.max_steps < 1 else f"{steps:,}",
-        "memory": f"{rehearsal.peak_bytes / 1e9:.1f} GB at the peak (rehearsed)",
-        "time": f"about {report.duration(seconds)} (rehearsed: {rehearsal.tokens / rehearsal.seconds:.0f} tokens/s)",
+        "memory": f"{rehearsed.peak_bytes / 1e9:.1f} GB at the peak (rehearsed)",
+        "time": f"about {report.duration(seconds)} (rehearsed: {rehearsed.tokens / rehearsed.seconds:.0f} tokens/s)",
     }
     report.show_example(console, tokenizer, rows[-1])
     report.show_plan(console, plan)
     if flags.plan:
         return
-    training.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
+    rehearsal.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
 
     # Train
     command = command_line.repeat_command(argv)
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         "hardware": report.hardware(device),
         "precision": plan["precision"],
         "training time": report.duration(trained.seconds),
-        "peak memory": f"{training.peak_memory(device) / 1e9:.1f} GB",
+        "peak memory": f"{rehearsal.peak_memory(device) / 1e9:.1f} GB",
         **report.versions(),
     }
     metrics = {
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         "train_tokens": trained.tokens,
         "train_seconds": trained.seconds,
         "steps": trained.steps,
-        "peak_memory_bytes": training.peak_memory(device),
+        "peak_memory_bytes": rehearsal.peak_memory(device),
         **{f"eval_{name}": value for name, value in trained.score.figures().items()},
         **{f"base_eval_{name}": value for name, value in untuned.figures().items()},
         "seed": arguments.seed,

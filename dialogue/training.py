@@ -1,147 +1,20 @@
-"""Rehearsal, the Trainer, and its progress bar."""
+"""The Trainer, and its progress bar."""
 
 import math
 import sys
 import time
 from typing import Any, NamedTuple
 
-import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dialogue.errors import UserError
 from dialogue.evaluate import HeldOut, Score
 from dialogue.lora import save_adapter
 from dialogue.loss import chunked_head
-from dialogue.packing import IGNORED, Row, collate
-from dialogue.prompt import find_roles
-
-
-class Rehearsal(NamedTuple):
-    """What one real micro-batch, forward and backward, measured."""
-
-    seconds: float  # one micro-batch
-    tokens: int  # in that micro-batch, padding left out
-    peak_bytes: int  # CUDA: allocated; elsewhere: resident set of the process
-
-
-def rehearse(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], arguments: TrainingArguments
-) -> Rehearsal:
-    """Run real micro-batches forward and backward, without a step, and check that something is learned.
-
-    Raises UserError where no label is left, where the <END> of a learned reply carries none, or where
-    no gradient reaches the LoRA weights or one of the three token rows. Gradients and random states are
-    as before.
-    """
-    end = find_roles(tokenizer).end
-    for row in rows:
-        if all(label == IGNORED for label in row["labels"]):
-            raise UserError("a training row has no label: every dialogue needs a reply for the bot to learn")
-        learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
-        if end not in learned:
-            raise UserError("a reply's <END> carries no label: the bot would never learn to stop")
-
-    device = model.device
-    longest = sorted(rows, key=lambda row: len(row["labels"]), reverse=True)[: arguments.per_device_train_batch_size]
-    batch = {name: values.to(device) for name, values in collate(longest, tokenizer.pad_token_id).items()}
-    random_state = torch.get_rng_state()
-    if arguments.activation_checkpointing:
-        model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
-    check_loss(model, {name: values.to(device) for name, values in collate([longest[-1]], 0).items()})
-    model.train()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds = []
-    with chunked_head(model):
-        for _ in range(2):  # the first pays for memory and kernels that later ones find ready
-            start = time.perf_counter()
-            model(**batch).loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    check_gradients(model)
-    model.zero_grad(set_to_none=True)
-    torch.set_rng_state(random_state)
-    return Rehearsal(min(seconds), sum(len(row["labels"]) for row in longest), peak_memory(device))
-
-
-@torch.no_grad()
-def check_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
-    """Raises UserError where the model's head does more than multiply (a bias, a scale, a cap on the logits):
-    the loss in chunks would then be another loss."""
-    model.eval()
-    plain = model(**batch, use_cache=False).loss.item()
-    with chunked_head(model):
-        chunked = model(**batch, use_cache=False).loss.item()
-    model.train()
-    if not math.isclose(plain, chunked, rel_tol=0.01):
-        raise UserError(f"this base model's head is not a plain matrix (loss {plain:.4f}, in chunks {chunked:.4f})")
-
-
-def check_gradients(model: PeftModel) -> None:
-    """Raises UserError unless a finite, non-zero gradient reaches LoRA and each of the three token rows."""
-    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    broken = [name for name, gradient in trained.items() if gradient is not None and not gradient.isfinite().all()]
-    if broken:
-        raise UserError(f"the gradient of {broken[0]} is not finite: the base model's weights are broken, or its dtype")
-    if not any("lora_" in name and gradient is not None and gradient.any() for name, gradient in trained.items()):
-        raise UserError("no gradient reaches the LoRA weights: check target_modules in lora_config")
-    for name, gradient in trained.items():
-        if "trainable_tokens" in name and (gradient is None or not gradient.any(dim=-1).all()):
-            raise UserError("no gradient reaches one of <USER>, <BOT> and <END>: check the dataset")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: allocated on a CUDA device, else the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kibibytes elsewhere (getrusage(2))
-
-
-def count_steps(rows: int, arguments: TrainingArguments) -> int:
-    """Optimiser steps of the whole run."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    micro_batches = math.ceil(rows / (arguments.per_device_train_batch_size * arguments.world_size))
-    return math.ceil(math.ceil(micro_batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
-
-
-def estimate_seconds(rehearsal: Rehearsal, steps: int, held_out: HeldOut, arguments: TrainingArguments) -> float:
-    """Seconds of training, its evaluations and the merge's certificate.
-
-    A forward pass is half of a step's work: 2 FLOP a weight and token forward, 2 more backward, since frozen
-    weights get no gradient (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1).
-    """
-    evaluations = 1 + (arguments.num_train_epochs if arguments.eval_strategy == "epoch" else 1)
-    tokens = sum(len(row["labels"]) for row in held_out.rows)
-    certified = 2 * min(tokens, 15_000)  # two models on 100 dialogues, of some 150 tokens
-    forward_tokens = evaluations * tokens + certified
-    return (
-        steps * arguments.gradient_accumulation_steps * rehearsal.seconds
-        + forward_tokens * rehearsal.seconds / rehearsal.tokens / 2
-    )
-
-
-def ask_before_days(seconds: float, yes: bool, cheaper: list[str]) -> None:
-    """A run of more than a day asks first. Raises UserError where the answer is no, or nobody is there."""
-    if seconds < 86400 or yes:
-        return
-    advice = f"cheaper: {' or '.join(f'--preset {name}' for name in cheaper)}, or --max_train_dialogues N"
-    if not sys.stdin.isatty():
-        raise UserError(f"this run would take {seconds / 86400:.1f} days; add --yes to start it all the same; {advice}")
-    if input(f"This run would take {seconds / 86400:.1f} days ({advice}). Start it? [y/N] ").strip().lower() != "y":
-        raise UserError("not started")
+from dialogue.packing import Row, collate
 
 
 class DialogueTrainer(Trainer):
