@@ -22,6 +22,11 @@ from rich.console import Console
 from dialogue import commands
 from dialogue.errors import UserError
 
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
+
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
     from dialogue.conversation import Conversation, Stats
@@ -153,7 +158,8 @@ def chat(
         key_bindings=_keys(),
     )
     loading.add_done_callback(lambda _: _refresh(session, loading))
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit, so that the terminal is restored
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    mode = termios.tcgetattr(sys.stdin) if termios else None
     this.note("Type a message; /help lists commands, exit leaves.")
     try:
         while (line := _ask(session, this)) != "exit":
@@ -171,6 +177,8 @@ def chat(
         this.note("Bye.")
     finally:
         signal.signal(signal.SIGTERM, before)
+        if mode:  # prompt_toolkit restores it, unless SIGTERM came just while it changed it
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
         leaving = sys.exc_info()[1]
         if not loading.done() and (leaving is None or isinstance(leaving, SystemExit)):
             # A thread in the middle of an import cannot be stopped, and nobody waits for it.
