@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dialogue import base_model as base_models
-from dialogue import command_line, corpus, lora, merge, packing, rehearsal, report, storage, training
+from dialogue import checkpoint, command_line, corpus, lora, merge, packing, rehearsal, report, storage, training
 from dialogue.errors import UserError, exit_code
 from dialogue.evaluate import hold_out
 from dialogue.loss import chunked_head
@@ -35,6 +35,7 @@ max_length = 512  # tokens a row; dialogues are packed into rows, longer ones ar
 learn = "both"  # whose turns carry loss: "bot", or "both" (either speaker is a person talking)
 adapter_dir = "gpt2-dialogue-lora"  # the adapters, with the report of the run
 merged_dir = "gpt2-dialogue-full"  # the merged model that main.py chats with
+early_stopping_patience = 2  # stop after so many evaluations in a row without a better one; 0: never
 
 quant_config = BitsAndBytesConfig(
     load_in_8bit=True,
@@ -58,7 +59,8 @@ training_args = TrainingArguments(
     warmup_steps=0.03,  # share of all steps over which the learning rate rises
     activation_checkpointing=True,  # gradient checkpointing: less memory, a third more time
     eval_strategy="epoch",
-    save_strategy="epoch",
+    save_strategy="steps",
+    save_steps=0.05,  # a checkpoint after each twentieth of all steps; deleted when the run has its result
     save_total_limit=2,
     logging_steps=5,
     report_to="none",
@@ -95,14 +97,13 @@ def main(argv: list[str] | None = None) -> None:
     """Load, pack, attach, rehearse, train, save, merge, certify."""
     flags, training_flags = command_line.parse(argv, presets)
     preset = presets[flags.preset]
-    names = ("base_model", "dataset", "max_train_dialogues", "max_length", "learn", "adapter_dir", "merged_dir")
-    chosen = {name: getattr(flags, name) or preset.get(name, globals()[name]) for name in names}
+    names = ("base_model", "dataset", "max_train_dialogues", "max_length", "learn", "adapter_dir", "merged_dir",
+             "early_stopping_patience")  # fmt: skip
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    chosen = {name: given.get(name, preset.get(name, globals()[name])) for name in names}
     arguments = command_line.override(training_args, preset.get("training", {}) | training_flags)
     adapters, merged = Path(chosen["adapter_dir"]), Path(chosen["merged_dir"])
     console = Console()
-    if not flags.plan:
-        storage.check_free(adapters, flags.overwrite)
-        storage.check_free(merged, flags.overwrite)
     transformers.set_seed(arguments.seed)
 
     # Dialogues -> rows of token ids
@@ -118,16 +119,25 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"no dialogue of {chosen['dataset']} fits into {length} tokens: raise --max_length")
     rows = packing.pack(train_pieces, tokenizer, length, chosen["learn"])
     validation = hold_out(validation_pieces, tokenizer, length)
+    sample = [packing.to_row(piece, "bot", roles.bot) for piece in validation_pieces[:100]]
+
+    # What an earlier start of this run left, if there was one
+    asked = {**chosen, **preset.get("lora", {}), "load_in_8bit": flags.load_in_8bit}
+    asked = checkpoint.describe(asked, lora_config, arguments, rows, validation.rows)
+    begun = checkpoint.Begun()
+    if not flags.plan:
+        begun = checkpoint.look(asked, adapters, merged, arguments, flags.resume, flags.overwrite)
+        console.print(checkpoint.in_words(begun, adapters), end="", highlight=False, markup=False)
 
     # Base model, 8-bit where memory asks for it, with LoRA and the three token rows on top
     device = base_models.pick_device()
-    dtype = base_models.pick_dtype(device)
+    dtype = base_models.pick_dtype(device, begun.decided.get("dtype"))
     parameters = base_models.count_parameters(config)
     in_8bit = flags.load_in_8bit == "yes" or (
         flags.load_in_8bit == "auto" and device.type == "cuda" and parameters >= 1_000_000_000
     )
     if not flags.plan:
-        storage.check_space(merged, int(2.1 * parameters))
+        storage.check_space({merged: int(2.1 * parameters)})
     base = base_models.load_base(chosen["base_model"], dtype, device, tokenizer, quant_config if in_8bit else None)
     model = lora.attach(base, lora_config, roles, preset.get("lora", {}))
     arguments = command_line.override(
@@ -135,6 +145,15 @@ def main(argv: list[str] | None = None) -> None:
         # gradients underflow in float16 unless they are scaled, which is what Trainer's fp16 does
         {"fp16": dtype == torch.float16, "dataloader_pin_memory": device.type == "cuda"},
     )
+    decided = {"dtype": str(dtype).removeprefix("torch."), "load_in_8bit": in_8bit}
+    command = command_line.repeat_command(argv)
+    run = {"command": command, "run": asked, "decided": decided, "versions": report.versions()}
+    if begun.trained:
+        lora.load_adapter(model, adapters)
+        metrics = storage.read_json(adapters / "metrics.json")
+        certificate = merge.write_merged(model, dtype, chosen["base_model"], adapters, merged, tokenizer, sample, run)
+        report.show_result(console, metrics, certificate, adapters, merged)
+        return
 
     # Rehearsal and plan
     rehearsed = rehearsal.rehearse(model, tokenizer, rows, arguments)
@@ -156,14 +175,15 @@ def main(argv: list[str] | None = None) -> None:
     report.show_plan(console, plan)
     if flags.plan:
         return
+    checkpoint.check_space(model, arguments, adapters, merged)
     rehearsal.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
 
     # Train
-    command = command_line.repeat_command(argv)
     console.print(f"Repeat this run with: {command}", highlight=False)
     with chunked_head(model):
         untuned = validation.score(model, arguments.eval_batch_size)
-    trained = training.train(model, tokenizer, rows, validation, arguments)
+    patience = chosen["early_stopping_patience"]
+    trained = training.train(model, tokenizer, rows, validation, arguments, run, begun.checkpoint, patience)
 
     # Save the adapters, with the report
     facts = {
@@ -174,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         "hardware": report.hardware(device),
         "precision": plan["precision"],
         "training time": report.duration(trained.seconds),
+        "step": f"{trained.best_step} of {trained.steps} trained, the best on the validation split",
         "peak memory": f"{rehearsal.peak_memory(device) / 1e9:.1f} GB",
         **report.versions(),
     }
@@ -182,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         "train_tokens": trained.tokens,
         "train_seconds": trained.seconds,
         "steps": trained.steps,
+        "best_step": trained.best_step,
         "peak_memory_bytes": rehearsal.peak_memory(device),
         **{f"eval_{name}": value for name, value in trained.score.figures().items()},
         **{f"base_eval_{name}": value for name, value in untuned.figures().items()},
@@ -191,20 +213,15 @@ def main(argv: list[str] | None = None) -> None:
         **chosen, "load_in_8bit": in_8bit, "r": lora_config.r, "lora_alpha": lora_config.lora_alpha,
         **{name: getattr(arguments, name) for name in report.TRAINING_SETTINGS},
     }  # fmt: skip
-    run = {"command": command, "settings": settings, "facts": facts}
+    run |= {"settings": settings, "facts": facts}
     with storage.whole_folder(adapters) as folder:
         lora.save_adapter(model, tokenizer, str(folder))
         report.write_report(folder, metrics, facts, settings, trained.history, command)
         storage.write_json(folder / storage.RUN_FILE, run)
 
     # Merge into a fresh 16-bit base, and compare what came out with what was trained
-    sample = [packing.to_row(piece, "bot", roles.bot) for piece in validation_pieces[:100]]
-    with storage.whole_folder(merged) as folder:
-        merge.merge(chosen["base_model"], adapters, tokenizer, folder)
-        reloaded = merge.load_merged(folder, dtype, device)
-        certificate = merge.certify(model, reloaded, sample, tokenizer.pad_token_id, in_8bit)
-        storage.write_json(folder / "certificate.json", certificate)
-        storage.write_json(folder / storage.RUN_FILE, run)
+    certificate = merge.write_merged(model, dtype, chosen["base_model"], adapters, merged, tokenizer, sample, run)
+    checkpoint.clear(checkpoint.home(arguments))
     report.show_result(console, metrics, certificate, adapters, merged)
 
 

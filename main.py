@@ -7,21 +7,21 @@
 Edit a default of `generate_text` to change the chat; a flag changes it for one run.
 """
 
-import argparse
 import functools
 import inspect
 import io
 import json
 import sys
 import warnings
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dialogue import terminal
+from dialogue import storage, terminal
 from dialogue.commands import WHOLE_NUMBERS
-from dialogue.errors import UserError, exit_code
+from dialogue.errors import Parser, UserError, exit_code
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
@@ -90,9 +90,9 @@ def _load(model: str, precision: str) -> "Model":
     return generation.load(model, precision)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str] | None) -> Namespace:
     """Flags; a setting that was not given is None."""
-    parser = argparse.ArgumentParser(prog="main.py", description="Chat with the fine-tuned model.", allow_abbrev=False)
+    parser = Parser(prog="main.py", description="Chat with the fine-tuned model.", allow_abbrev=False)
     add = parser.add_argument
     add(
         "--model",
@@ -131,6 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def find_model(name: str) -> None:
     """Raises UserError for what is no model's folder, and cannot be a name on the hub."""
     folder = Path(name)
+    storage.recover(folder)
     if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
         return
     if name == model_dir or folder.exists() or name.startswith((".", "/")):

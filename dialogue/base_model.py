@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dialogue import hub, packages
+from dialogue import hub, packages, storage
 from dialogue.errors import UserError
 from dialogue.prompt import BOT, END, USER
 
@@ -45,13 +45,15 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_dtype(device: torch.device) -> torch.dtype:
-    """The fastest dtype in which weights can be kept and trained against on `device`.
+def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
+    """The dtype of that name, else the fastest dtype in which weights can be kept and trained against on `device`.
 
     On a CPU it is measured, since bfloat16 is several times faster than float32 where the processor
     multiplies it (AMX, AVX512-BF16) and several times slower where it is emulated; no library call
     tells which. Takes some 50 ms.
     """
+    if name:
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "mps":
@@ -78,7 +80,7 @@ def context_length(config: PretrainedConfig) -> int:
 def count_parameters(config: PretrainedConfig) -> int:
     """Parameters of the model, tied ones once; from the config alone, without memory for them."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
 
 
 def licence(name: str) -> str:
@@ -92,9 +94,13 @@ def resolve(name: str) -> str:
     return str(starter_folder()) if name == STARTER else name
 
 
-def _local_only(name: str) -> bool:
-    """Whether to look at the disk alone: for a folder, or while the hub does not answer."""
-    return name == STARTER or Path(name).is_dir() or not hub.reachable()
+def _source(name: str) -> dict[str, Any]:
+    """The disk alone, for a folder, or while the hub does not answer; and never code that lies beside a model.
+
+    Without a word on such code, transformers asks at the terminal whether to run it.
+    """
+    local = name == STARTER or Path(name).is_dir() or not hub.reachable()
+    return {"local_files_only": local, "trust_remote_code": False}
 
 
 def starter_folder() -> Path:
@@ -115,6 +121,7 @@ def starter_folder() -> Path:
     # them to its 11 bits, and halves the file.
     model.half().save_pretrained(beside)
     tokenizer.save_pretrained(beside)
+    storage.seal(beside)
     try:
         beside.rename(folder)
     except OSError:  # another process was faster
@@ -125,7 +132,7 @@ def starter_folder() -> Path:
 def load_config(name: str) -> PretrainedConfig:
     """The base model's config. Raises UserError where there is none to be had."""
     try:
-        return AutoConfig.from_pretrained(resolve(name), local_files_only=_local_only(name))
+        return AutoConfig.from_pretrained(resolve(name), **_source(name))
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error
 
@@ -133,7 +140,7 @@ def load_config(name: str) -> PretrainedConfig:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, as it comes. Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), local_files_only=_local_only(name))
+        return AutoTokenizer.from_pretrained(resolve(name), **_source(name))
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error
 
@@ -160,7 +167,8 @@ def load_base(
             dtype=dtype,
             device_map={"": device},
             quantization_config=quant_config,
-            local_files_only=_local_only(name),
+            use_safetensors=True,
+            **_source(name),
         )
     except (OSError, ValueError) as error:
         raise _unavailable(name, error) from error

@@ -10,7 +10,7 @@ from typing import Any, cast
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from dialogue.errors import UserError
+from dialogue.errors import Parser, UserError
 
 EPILOGUE = """
 Any field of transformers' TrainingArguments is a flag as well and overrides the value in the script, for instance
@@ -26,7 +26,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     An own value that was not given is None, or False for a switch. Raises UserError for a flag or a
     value that does not exist.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="Fine_tuningmodel.py",
         description="Fine-tune a language model on dialogues with LoRA, then merge it. "
         "Without flags, the values at the top of the script are used.",
@@ -49,7 +49,18 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
         help="8-bit base weights while training; auto: on a GPU, from a billion parameters on")  # fmt: skip
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
-    add("--overwrite", action="store_true", help="replace an earlier run's result")
+    add(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="go on with an unfinished run of the same settings, or start afresh (default: go on where there is one)",
+    )
+    add(
+        "--early_stopping_patience",
+        type=int,
+        metavar="N",
+        help="stop after N evaluations in a row without a better one; 0: never",
+    )
+    add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")
     add("--debug", action="store_true", help="show a traceback for every error")
     own, rest = parser.parse_known_args(argv)
     if own.preset not in presets:
@@ -59,7 +70,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
 
 def _training_fields(words: list[str]) -> dict[str, Any]:
     """The TrainingArguments fields among `words`, and only those that were given."""
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     for action in HfArgumentParser(cast(Any, TrainingArguments))._actions:
         if action.option_strings and action.dest != "help":
             action.default, action.required = argparse.SUPPRESS, False
@@ -91,11 +102,6 @@ def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingAr
 def repeat_command(argv: list[str] | None) -> str:
     """The exact command that repeats this run."""
     return shlex.join(["python", "Fine_tuningmodel.py", *(sys.argv[1:] if argv is None else argv)])
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see --help")
 
 
 def _count(text: str) -> int:

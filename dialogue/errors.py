@@ -1,24 +1,52 @@
-"""The one exception that stands for a person's mistake, and what the scripts do with it."""
+"""How a run ends other than by itself: a person's mistake, a signal; and what the scripts do then."""
 
+import argparse
+import signal
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
+
+from dialogue.plaintext import plain
 
 
 class UserError(Exception):
     """Something a person can put right. Its text is one line: what is wrong, and what to do."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ends the run. Like Ctrl-C it is no `Exception`, which libraries catch and go on."""
+
+    def __init__(self, number: int, text: str) -> None:
+        super().__init__(text)
+        self.number = number
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags whose mistakes are a UserError: one line, and not the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
 def exit_code(run: Callable[[], None], debug: bool = False) -> int:
-    """Call `run`; 0 when it returns, 2 after a `UserError` (one line on standard error),
-    130 after Ctrl-C. Any other exception is a bug and keeps its traceback, as all do with `debug`."""
+    """Call `run`; 0 when it returns, 2 after a `UserError` (one line on standard error), 128 + its number after
+    a signal: 130 for Ctrl-C, 143 for SIGTERM. Any other exception is a bug and keeps its traceback, as all do
+    with `debug`."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         run()
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(plain(str(error)).split())}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 128 + getattr(stop, "number", signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    raise Stopped(number, "terminated")

@@ -14,11 +14,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dialogue import hub
+from dialogue import hub, storage
 from dialogue.base_model import context_length, pick_device, pick_dtype
 from dialogue.errors import UserError
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text, encode_text, find_roles
+
+# Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
+# the README, longer than loading them; a chat that starts at once is worth more here than a flipped bit is likely.
+HASHED_BELOW = 1_000_000_000
 
 
 class Engine(Protocol):
@@ -114,6 +118,10 @@ def load(name: str, precision: str = "auto") -> Model:
     device = pick_device()
     dtype = pick_dtype(device) if precision == "auto" else getattr(torch, precision)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
+    if problem := storage.damage(Path(name), HASHED_BELOW):
+        raise UserError(
+            f"{name} is broken: {problem}; write it again, or where you changed it, delete its {storage.MANIFEST}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_source(name))
         find_roles(tokenizer)

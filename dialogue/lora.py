@@ -1,6 +1,7 @@
 """LoRA: where it attaches, what its folder holds, and how it is merged."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -69,3 +70,8 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: s
     which PEFT would add by itself once the embedding has grown."""
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
+
+
+def load_adapter(model: PeftModel, folder: Path) -> None:
+    """Put the adapter in `folder` in the place of `model`'s own."""
+    model.load_adapter(str(folder), model.active_adapter, is_trainable=False)

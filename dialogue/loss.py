@@ -71,7 +71,8 @@ def chunked_head(model: PeftModel, adapter: str = "default"):
 
     The head steps aside (an identity), so hidden states reach the loss function, and everything that
     wraps `model` (data parallel, checkpointing, Trainer) works as with any other model. Mean nats a
-    label, or summed nats over `num_items_in_batch` where Trainer gives it.
+    label, or summed nats over `num_items_in_batch` where Trainer gives it. Yields a context manager inside
+    which `.logits` are logits again.
     """
     lm: Any = model.get_base_model()
     head, own_loss = lm.get_output_embeddings(), lm.loss_function
@@ -84,10 +85,19 @@ def chunked_head(model: PeftModel, adapter: str = "default"):
         )
         return nats / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
-    lm.set_output_embeddings(nn.Identity())
+    @contextmanager
+    def own_head():
+        lm.set_output_embeddings(head)
+        try:
+            yield
+        finally:
+            lm.set_output_embeddings(placeholder)
+
+    placeholder = nn.Identity()
+    lm.set_output_embeddings(placeholder)
     lm.loss_function = loss_function
     try:
-        yield
+        yield own_head
     finally:
         lm.set_output_embeddings(head)
         lm.loss_function = own_loss

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dialogue import storage
 from dialogue.base_model import free, load_base
 from dialogue.errors import UserError
 from dialogue.packing import IGNORED, Row, collate
@@ -46,9 +47,33 @@ def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, fo
     free()
 
 
+def write_merged(
+    trained: PeftModel, dtype: torch.dtype, base_model: str, adapters: Path, merged: Path,
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], run: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Write the folder `merged`, compare it with `trained` on `rows`, and return the certificate.
+
+    `dtype` is what is computed in. Raises UserError, and leaves nothing, where they differ or the disk is full.
+    """
+    storage.check_space({merged: merged_bytes(trained)})
+    with storage.whole_folder(merged) as folder:
+        merge(base_model, adapters, tokenizer, folder)
+        reloaded = load_merged(folder, dtype, trained.device)
+        certificate = certify(trained, reloaded, rows, tokenizer.pad_token_id, run["decided"]["load_in_8bit"])
+        storage.write_json(folder / "certificate.json", certificate)
+        storage.write_json(folder / storage.RUN_FILE, run)
+    return certificate
+
+
+def merged_bytes(model: PreTrainedModel | PeftModel) -> int:
+    """Disk for `model` merged: two bytes a parameter, and its tokenizer."""
+    return int(2.05 * model.num_parameters()) + 20_000_000
+
+
 def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The merged model as anyone would load it."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}).eval()
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options).eval()
 
 
 @torch.no_grad()

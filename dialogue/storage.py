@@ -1,8 +1,11 @@
-"""Folders that appear whole or not at all, and disk space that is looked at beforehand."""
+"""Folders that appear whole or not at all, and can be checked; disk space that is looked at beforehand."""
 
+import hashlib
 import json
+import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,49 +14,152 @@ from typing import Any
 from dialogue.errors import UserError
 
 RUN_FILE = "run.json"  # stands in every folder that a run wrote, and says how
+MANIFEST = "manifest.json"  # name -> size and sha256 of every file beside it; written last
 
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `target`; at the end it is synced and takes `target`'s place.
+    """Yields an empty folder beside `target`; at the end it is sealed and takes `target`'s place.
 
-    After an error inside, `target` is as it was and the unfinished folder is gone.
+    After an error inside, `target` is as it was and the unfinished folder is gone. After a kill at any moment
+    `target` is the old or the new folder, or `recover` makes it the old one. A link is followed.
+    Raises UserError where the disk is full or does not let us write.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    target = Path(os.path.realpath(target))
+    beside = unfinished(target)
     try:
+        recover(target)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
         yield beside
-        for path in beside.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        old = target.with_name(f".{target.name}.old")
+        seal(beside)
         if target.exists():
-            target.rename(old)
+            target.rename(_old(target))
         beside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror or error}") from error
+        _sync(target.parent)
+    except Exception as error:
+        if (reason := _write_error(error)) is None:
+            raise
+        raise UserError(f"{target} could not be written: {reason}; what was there before is as it was") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        recover(target)
+
+
+def unfinished(target: Path) -> Path:
+    """Where `whole_folder` collects the files of `target`."""
+    return target.with_name(f".{target.name}.unfinished")
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def recover(target: Path) -> None:
+    """Undo a replacement that was cut between its two renames; clear one that was cut after them."""
+    old = _old(target)
+    try:
+        if not old.exists():
+            return
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
+    except OSError as error:
+        raise UserError(f"{target} could not be restored from {old}: {error.strerror or error}") from error
+
+
+def _write_error(error: Exception) -> str | None:
+    """Why something could not be written, where that is what happened; torch and safetensors have it in their text."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    text = str(error)
+    if "os error 28" in text or "No space left" in text:
+        return "No space left on device"
+    if any(sign in text for sign in ("I/O error", "PytorchStreamWriter failed", "unexpected pos ")):
+        return " ".join(text.split())[:160]
+    return None
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of `folder`, and have the disk keep all of it."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        _sync(path)
+    write_json(folder / MANIFEST, files)
+    for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync(path)
+
+
+def damage(folder: Path, hash_below: float = math.inf) -> str | None:
+    """What differs from the manifest, in words; None where nothing does, or where there is no manifest.
+
+    Sizes are always compared, hashes for files of fewer than `hash_below` bytes.
+    """
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    try:
+        files = json.loads(text)
+        if text != _as_json(files):
+            return f"{MANIFEST} is damaged"
+        for name, said in files.items():
+            path = folder / name
+            size = path.stat().st_size
+            if size != said["size"]:
+                return f"{name} has {size} of {said['size']} bytes"
+            if size < hash_below and _sha256(path) != said["sha256"]:
+                return f"{name} is not what was written"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no such call for folders
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raises UserError where `folder` holds something that this run must not replace.
+    """Raises UserError where `folder` holds something that this run must not replace, or cannot be written.
 
     An earlier run's result goes only with `overwrite`; anything else stays in any case.
     """
-    if not folder.exists():
-        if not os.access(_existing_parent(folder), os.W_OK):
-            raise UserError(f"{folder} cannot be created: no permission to write there")
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another folder with --adapter_dir or --merged_dir")
-    if not any(folder.iterdir()):
-        return
-    if not (folder / RUN_FILE).is_file():
+    try:
+        recover(folder)
+        if not folder.is_dir():
+            if folder.exists():
+                raise UserError(f"{folder} is a file: choose another folder with --adapter_dir or --merged_dir")
+            parent = _existing_parent(folder)
+            if os.path.islink(folder) or not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise UserError(f"{folder} cannot be created: no permission to write there, or no folder above it")
+            return
+        if not any(folder.iterdir()):
+            return
+        is_result = (folder / RUN_FILE).is_file()
+    except OSError as error:
+        raise UserError(f"{str(folder)[:100]} cannot be used: {error.strerror or error}") from error
+    if not is_result:
         raise UserError(
             f"{folder} holds files that are not a run's result: choose another --adapter_dir / --merged_dir"
         )
@@ -61,14 +167,19 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise UserError(f"{folder} holds another run's result: add --overwrite to replace it, or choose another folder")
 
 
-def check_space(folder: Path, needed: int) -> None:
-    """Raises UserError where fewer than `needed` bytes are free on the disk that will hold `folder`."""
-    free = shutil.disk_usage(_existing_parent(folder)).free
-    if free < needed:
-        raise UserError(
-            f"not enough disk for {folder}: {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
-            "free some, or choose another disk with --merged_dir"
-        )
+def check_space(needed: dict[Path, int]) -> None:
+    """Raises UserError where the disks that will hold these folders have fewer free bytes than they need."""
+    sums: Counter[int] = Counter()
+    for folder, size in needed.items():
+        parent = _existing_parent(folder)
+        disk = os.stat(parent).st_dev
+        sums[disk] += size
+        free = shutil.disk_usage(parent).free
+        if free < sums[disk]:
+            raise UserError(
+                f"not enough disk for {folder}: {sums[disk] / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+                "free some, or choose another disk with --output_dir, --adapter_dir and --merged_dir"
+            )
 
 
 def _existing_parent(path: Path) -> Path:
@@ -80,4 +191,16 @@ def _existing_parent(path: Path) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, in the order of its keys."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    path.write_text(_as_json(content), encoding="utf-8")
+
+
+def _as_json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file, {} where there is none or it is not one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}

@@ -1,31 +1,49 @@
 """The Trainer, and its progress bar."""
 
+import dataclasses
 import math
 import sys
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dialogue.base_model import context_length
+from dialogue.checkpoint import ResumableTrainer
+from dialogue.conversation import Conversation
+from dialogue.errors import Stopped
 from dialogue.evaluate import HeldOut, Score
+from dialogue.generation import Model, TransformersEngine
 from dialogue.lora import save_adapter
 from dialogue.loss import chunked_head
 from dialogue.packing import Row, collate
+from dialogue.plaintext import plain
+from dialogue.sampling import Sampling
+
+OPENERS = ("Hello, how are you?", "What do you like to eat?")  # answered at every evaluation
+SAMPLE_TOKENS = 24
 
 
-class DialogueTrainer(Trainer):
+class DialogueTrainer(ResumableTrainer):
     """transformers' Trainer, with checkpoints that hold adapters only and an exact evaluation."""
 
     def __init__(
-        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, **keywords: Any
+        self,
+        model: PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        held_out: HeldOut,
+        progress: "Progressed",
+        **keywords: Any,
     ) -> None:
-        super().__init__(model=model, eval_dataset=held_out.rows, **keywords)
-        self.peft_model, self.tokenizer, self.held_out = model, tokenizer, held_out
-        self.scores: dict[int, Score] = {}  # by step
+        super().__init__(model=model, eval_dataset=held_out.rows, callbacks=[progress], **keywords)
+        self.peft_model, self.tokenizer, self.held_out, self.progress = model, tokenizer, held_out, progress
+        self.own_head: Any = nullcontext  # until the head has stepped aside, logits are logits
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -33,13 +51,35 @@ class DialogueTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Nats a reply token over the whole validation set. Trainer's own average weighs each batch alike,
-        however many tokens it has."""
-        score = self.scores[self.state.global_step] = self.held_out.score(self.peft_model, self.args.eval_batch_size)
+        however many tokens it has. Two sample replies are shown with it. A signal ends it with Stopped."""
+        self.signals.at_once = True
+        try:
+            score = self.held_out.score(self.peft_model, self.args.eval_batch_size)
+            samples = self.sample_replies() if self.is_world_process_zero() else []
+        finally:
+            self.signals.at_once = False
         metrics = {f"eval_{name}": value for name, value in score.figures().items()}
         metrics["eval_loss"] = score.nats_per_token
         self.log(metrics)
+        for opener, reply in samples:
+            self.progress.say(f"  you> {opener}\n  bot> {reply}")
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.remember(score)
         return metrics
+
+    def sample_replies(self) -> list[tuple[str, str]]:
+        """Greedy answers to `OPENERS` by the model as it is now. No random state is touched."""
+        model: Any = self.peft_model
+        was_training = model.training
+        with self.own_head():
+            engine = TransformersEngine(model)  # takes the model out of training
+            asked = Model(engine, self.tokenizer, context_length(model.config))
+            replies = [
+                "".join(Conversation(asked, seed=0).reply(opener, SAMPLE_TOKENS, Sampling(temp=0)))
+                for opener in OPENERS
+            ]
+        model.train(was_training)
+        return list(zip(OPENERS, (" ".join(reply.split()) for reply in replies), strict=True))
 
 
 class Progressed(TrainerCallback):
@@ -84,12 +124,17 @@ class Progressed(TrainerCallback):
             self.bar.update(self.task, loss=logs["loss"])
         if self.console.is_terminal:
             if "eval_loss" in logs:
-                self.bar.print(
-                    f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.2f} per token"
-                )
+                self.say(f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.2f} per token")
         else:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float))
-            print(f"step {state.global_step}/{state.max_steps}  {figures}", file=sys.stderr, flush=True)
+            self.say(f"step {state.global_step}/{state.max_steps}  {figures}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar; plain text, since a model may have written it."""
+        if self.console.is_terminal:
+            self.bar.print(plain(text), markup=False, highlight=False)
+        else:
+            print(plain(text), file=sys.stderr, flush=True)
 
     def on_train_end(self, args, state, control, **_: Any) -> None:
         self.bar.stop()
@@ -99,11 +144,12 @@ class Trained(NamedTuple):
     """How a training went."""
 
     steps: int
-    seconds: float  # evaluations and checkpoints included
+    best_step: int  # whose adapters the model has now
+    seconds: float  # evaluations and checkpoints included; without the time between a stop and its resumption
     tokens: int  # padding left out
     tokens_per_second: float
     history: list[dict[str, float]]  # Trainer's log
-    score: Score  # at the end, on the validation split
+    score: Score  # of the best step, on the validation split
 
 
 def train(
@@ -112,8 +158,15 @@ def train(
     rows: list[Row],
     held_out: HeldOut,
     arguments: TrainingArguments,
+    run: dict[str, Any],
+    checkpoint: Path | None = None,
+    patience: int = 0,
 ) -> Trained:
-    """Train `model`'s adapters in place on packed `rows`, and score them on `held_out`."""
+    """Train `model`'s adapters in place on packed `rows`; they end as they were at the step that scores best.
+
+    `run` stands in each checkpoint as its run.json; with `checkpoint` the training goes on from there.
+    Raises Stopped after a signal, with everything saved, and UserError where a checkpoint cannot be written.
+    """
     model.config.use_cache = False  # a cache would also switch the packed rows' mask off
     micro_batches = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     per_step = sum(len(row["labels"]) for row in rows) / len(rows) * micro_batches
@@ -122,19 +175,33 @@ def train(
         model,
         tokenizer,
         held_out,
-        args=arguments,
+        progress,
+        run=run,
+        patience=patience,
+        # A checkpoint is for going on from; which adapters are the best, and signals, are looked after here.
+        args=dataclasses.replace(
+            arguments, save_only_model=False, load_best_model_at_end=False, enable_jit_checkpoint=False
+        ),
         train_dataset=rows,
         data_collator=lambda batch: collate(batch, held_out.pad),
-        callbacks=[progress],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    start = time.perf_counter()
-    with chunked_head(model):
-        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-        if trainer.state.global_step not in trainer.scores:
-            trainer.evaluate()
-        seconds = time.perf_counter() - start
-    score = trainer.scores[trainer.state.global_step]
-    seen = round(progress.steps * per_step)
-    return Trained(trainer.state.global_step, seconds, seen, progress.rate, trainer.state.log_history, score)
+    if checkpoint:
+        trainer.restore(checkpoint)
+    try:
+        with chunked_head(model) as trainer.own_head, trainer.signals.noted():
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                if trainer.state.global_step not in trainer.scores:
+                    trainer.evaluate()
+            except Stopped:
+                pass  # what is not saved yet is saved next
+            trainer.leave_if_asked()
+    finally:
+        progress.bar.stop()
+    trainer.take_best()
+    steps = trainer.state.global_step
+    best = steps if trainer.best_step is None else trainer.best_step
+    tokens, history = round(steps * per_step), trainer.state.log_history
+    return Trained(steps, best, trainer.seconds, tokens, progress.rate, history, trainer.scores[best])
