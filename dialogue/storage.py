@@ -58,9 +58,9 @@ def _old(target: Path) -> Path:
 def recover(target: Path) -> None:
     """Undo a replacement that was cut between its two renames; clear one that was cut after them."""
     old = _old(target)
+    if not os.path.lexists(old):
+        return
     try:
-        if not old.exists():
-            return
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
