@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     begun = checkpoint.Begun()
     if not flags.plan:
         begun = checkpoint.look(asked, adapters, merged, arguments, flags.resume, flags.overwrite)
-        console.print(checkpoint.in_words(begun, adapters), end="", highlight=False, markup=False)
+        console.print(checkpoint.in_words(begun, adapters), end="", highlight=False, markup=False, soft_wrap=True)
 
     # Base model, 8-bit where memory asks for it, with LoRA and the three token rows on top
     device = base_models.pick_device()
@@ -152,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         lora.load_adapter(model, adapters)
         metrics = storage.read_json(adapters / "metrics.json")
         certificate = merge.write_merged(model, dtype, chosen["base_model"], adapters, merged, tokenizer, sample, run)
+        checkpoint.clear(checkpoint.home(arguments))
         report.show_result(console, metrics, certificate, adapters, merged)
         return
 
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     rehearsal.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
 
     # Train
-    console.print(f"Repeat this run with: {command}", highlight=False)
+    console.print(f"Repeat this run with: {command}", highlight=False, markup=False, soft_wrap=True)
     with chunked_head(model):
         untuned = validation.score(model, arguments.eval_batch_size)
     patience = chosen["early_stopping_patience"]

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,11 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
-from conftest import gpt2_tokenizer, save_random_gpt2
+from conftest import byte_tokenizer, save_random_gpt2
 
 import Fine_tuningmodel as script
 from dialogue import checkpoint, storage
-from dialogue.errors import UserError, exit_code
+from dialogue.errors import exit_code
 
 # Measured anew in each run, the precision could change between the first start and the next.
 script.base_models.pick_dtype = lambda *_: torch.float32
@@ -48,7 +47,7 @@ class Bench:
     def __init__(self, home: Path) -> None:
         self.home = home
         home.chmod(0o755)  # also for who has no rights
-        save_random_gpt2(home / "base", gpt2_tokenizer())
+        save_random_gpt2(home / "base", byte_tokenizer())
         with (home / "talk.jsonl").open("w") as file:
             for number in range(60):
                 turns = [f"How are you, {number}?", f"Fine, and you, {number * 7}?", "Good to hear.", "Bye."]
@@ -57,7 +56,7 @@ class Bench:
     def flags(self, folder: Path, *more: str) -> list[str]:
         """A run into `folder` that saves after each second step and evaluates after each third, and each epoch's."""
         return [
-            "--base_model", str(self.home / "base"), "--dataset", str(self.home / "talk.jsonl"), "--max_length", "64",
+            "--base_model", str(self.home / "base"), "--dataset", str(self.home / "talk.jsonl"), "--max_length", "128",
             "--per_device_train_batch_size", "4", "--max_steps", str(STEPS), "--learning_rate", "1e-2",
             "--save_strategy", "steps", "--save_steps", "2", "--eval_strategy", "steps", "--eval_steps", "3",
             "--adapter_dir", str(folder / "lora"), "--merged_dir", str(folder / "full"), "--output_dir",
@@ -209,7 +208,9 @@ def damage_each_file(bench: Bench, chance: random.Random) -> None:
             assert "cannot be read" in str(storage.damage(newest)), path
             os.seteuid(0)
             path.chmod(0o644)
-    print(f"{len(files)} files of a checkpoint: each truncated, emptied, flipped and unreadable one noticed", flush=True)
+    print(
+        f"{len(files)} files of a checkpoint: each truncated, emptied, flipped and unreadable one noticed", flush=True
+    )
     path = newest / "optimizer.pt"
     path.write_bytes(path.read_bytes()[:-1])
     assert bench.run(folder) == 0, log(folder)

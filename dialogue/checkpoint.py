@@ -34,9 +34,10 @@ from dialogue.plaintext import plain
 
 STATE, BEST = "evaluations.json", "best_adapter.safetensors"  # ours, beside Trainer's files
 
-# TrainingArguments that do not decide what is learned, by the start of their names.
+# Settings that do not decide what is learned, by the start of their names.
 FREE = (
-    "output_dir", "logging_", "log_", "include_num", "disable_tqdm", "report_to", "run_name", "project", "trackio",
+    "adapter_dir", "merged_dir", "output_dir",
+    "logging_", "log_", "include_num", "disable_tqdm", "report_to", "run_name", "project", "trackio",
     "save_", "enable_jit", "push_to_hub", "hub_", "load_best", "dataloader_", "ddp_", "skip_memory", "do_",
     "resume_from", "restore_callback", "local_rank", "debug",
 )  # fmt: skip
@@ -50,10 +51,10 @@ def describe(
 ) -> dict[str, Any]:
     """Everything that was asked for and decides the result, flat; two runs with equal ones are the same run."""
     fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments) if field.init}
-    fields = {name: value for name, value in fields.items() if not name.startswith(FREE)}
     adapter = {f"lora {name}": value for name, value in dataclasses.asdict(lora).items() if name != "peft_version"}
+    asked = {**settings, **adapter, **fields}
     run = {
-        **{name: _plain_value(value) for name, value in {**settings, **adapter, **fields}.items()},
+        **{name: _plain_value(value) for name, value in asked.items() if not name.startswith(FREE)},
         "training data": _fingerprint(rows),
         "validation data": _fingerprint(validation),
     }
