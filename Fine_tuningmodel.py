@@ -24,6 +24,7 @@ from dialogue import checkpoint, command_line, corpus, lora, merge, packing, reh
 from dialogue.errors import UserError, exit_code
 from dialogue.evaluate import hold_out
 from dialogue.loss import chunked_head
+from dialogue.plaintext import plain
 from dialogue.prompt import add_roles
 
 # ---- Editable values ---------------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     rehearsal.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
 
     # Train
-    console.print(f"Repeat this run with: {command}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Repeat this run with: {plain(command)}", highlight=False, markup=False, soft_wrap=True)
     with chunked_head(model):
         untuned = validation.score(model, arguments.eval_batch_size)
     patience = chosen["early_stopping_patience"]

@@ -11,6 +11,7 @@ import functools
 import inspect
 import io
 import json
+import os
 import sys
 import warnings
 from argparse import Namespace
@@ -132,9 +133,9 @@ def find_model(name: str) -> None:
     """Raises UserError for what is no model's folder, and cannot be a name on the hub."""
     folder = Path(name)
     storage.recover(folder)
-    if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
+    if any(os.path.isfile(folder / file) for file in ("config.json", "adapter_config.json")):
         return
-    if name == model_dir or folder.exists() or name.startswith((".", "/")):
+    if name == model_dir or os.path.exists(name) or not name or name.startswith((".", "/")):
         raise UserError(
             f"no model in {name.rstrip('/')}/: train one first with `python Fine_tuningmodel.py` "
             "(or `--preset starter`, which takes minutes on a CPU)"

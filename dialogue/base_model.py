@@ -23,7 +23,7 @@ from transformers import (
 
 from dialogue import hub, packages, storage
 from dialogue.errors import UserError
-from dialogue.prompt import BOT, END, USER
+from dialogue.prompt import BOT, END, USER, has_vocabulary
 
 # Which projections carry LoRA where `lora_config` names none that the model has.
 LORA_TARGETS = {
@@ -99,7 +99,7 @@ def _source(name: str) -> dict[str, Any]:
 
     Without a word on such code, transformers asks at the terminal whether to run it.
     """
-    local = name == STARTER or Path(name).is_dir() or not hub.reachable()
+    local = name == STARTER or os.path.isdir(name) or not hub.reachable()
     return {"local_files_only": local, "trust_remote_code": False}
 
 
@@ -130,18 +130,28 @@ def starter_folder() -> Path:
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The base model's config. Raises UserError where there is none to be had."""
+    """The base model's config. Raises UserError where there is none to be had, or none of a language model."""
     try:
-        return AutoConfig.from_pretrained(resolve(name), **_source(name))
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(resolve(name), **_source(name))
+        if count_parameters(config) and context_length(config):
+            return config
+        raise ValueError("it has no parameters, or no context")
+    except UserError:
+        raise
+    except Exception as error:  # a broken folder fails in a library, in as many ways as there are files
         raise _unavailable(name, error) from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, as it comes. Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(resolve(name), **_source(name))
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **_source(name))
+        if has_vocabulary(tokenizer):
+            return tokenizer
+        raise ValueError("its tokenizer has no vocabulary")
+    except UserError:
+        raise
+    except Exception as error:
         raise _unavailable(name, error) from error
 
 
@@ -162,15 +172,20 @@ def load_base(
     """
     model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             resolve(name),
             dtype=dtype,
             device_map={"": device},
             quantization_config=quant_config,
             use_safetensors=True,
+            output_loading_info=True,
             **_source(name),
         )
-    except (OSError, ValueError) as error:
+        if found["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"weights are missing, {min(found['missing_keys'])} for one")
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         raise _unavailable(name, error) from error
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -195,7 +210,7 @@ def free(*_: object) -> None:
 
 def _unavailable(name: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return UserError(f"{name} holds no usable model: {reason}")
     return UserError(
         f"base model {name} cannot be loaded (no network and not in the cache, or no such model): {reason}; "

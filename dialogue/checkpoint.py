@@ -106,6 +106,7 @@ def look(
     Raises UserError where a folder holds something else, which `overwrite` replaces where a run of this
     project wrote it, and for the finished result of this very run.
     """
+    storage.check_apart(adapters, merged, home(arguments))
     has_adapters, has_merged = (_run_of(folder) == run for folder in (adapters, merged))
     for folder, same in ((adapters, has_adapters and not has_merged), (merged, False)):
         storage.check_free(folder, overwrite or same)
@@ -152,6 +153,8 @@ def _newest(run: dict[str, Any], arguments: TrainingArguments, overwrite: bool) 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, newest first. Raises UserError where one is not ours."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another folder with --output_dir")
     try:
         found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
         for path in folder.glob(".checkpoint-*.old"):
@@ -171,8 +174,9 @@ def home(arguments: TrainingArguments) -> Path:
 
 def clear(folder: Path, keep: int = 0) -> None:
     """Delete all checkpoints in `folder` but the newest `keep`, what a kill left, and the folder if it is empty."""
-    for path in [*checkpoints(folder)[keep:], *folder.glob(".checkpoint-*.unfinished")]:
-        (path / storage.MANIFEST).unlink(missing_ok=True)  # half deleted, it must not look whole
+    for path in checkpoints(folder)[keep:]:
+        path.rename(path.with_name(f".{path.name}.deleted"))  # half deleted, nothing has its final name
+    for path in folder.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -19,6 +19,13 @@ Any field of transformers' TrainingArguments is a flag as well and overrides the
 All of them: https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments
 """
 
+# TrainingArguments that nothing else checks before they fail somewhere in a library: name, least, most.
+RANGES = (
+    ("learning_rate", 0, 1e6), ("num_train_epochs", 1e-6, 1e9), ("seed", 0, 2**32 - 1),
+    ("per_device_train_batch_size", 1, 1e9), ("per_device_eval_batch_size", 1, 1e9),
+    ("gradient_accumulation_steps", 1, 1e9),
+)  # fmt: skip
+
 
 def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """Flags -> (the project's own, TrainingArguments fields that were given).
@@ -56,7 +63,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     )
     add(
         "--early_stopping_patience",
-        type=int,
+        type=_count_or_0,
         metavar="N",
         help="stop after N evaluations in a row without a better one; 0: never",
     )
@@ -91,8 +98,11 @@ def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingAr
     fields = {name.replace("gradient_checkpointing", "activation_checkpointing"): fields[name] for name in fields}
     try:
         replaced = dataclasses.replace(arguments, **fields)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training arguments: {' '.join(str(error).split())}") from error
+    for name, low, high in RANGES:
+        if not low <= getattr(replaced, name) <= high:
+            raise UserError(f"{name} must be between {low:g} and {high:g}, not {getattr(replaced, name)}")
     missing = {*(replaced.report_to or [])} - {"none", "all", *get_available_reporting_integrations()}
     if missing:
         raise UserError(f"--report_to {' '.join(sorted(missing))}: not installed here; install it with pip first")
@@ -102,6 +112,10 @@ def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingAr
 def repeat_command(argv: list[str] | None) -> str:
     """The exact command that repeats this run."""
     return shlex.join(["python", "Fine_tuningmodel.py", *(sys.argv[1:] if argv is None else argv)])
+
+
+def _count_or_0(text: str) -> int:
+    return _count(text) if text != "0" else 0
 
 
 def _count(text: str) -> int:

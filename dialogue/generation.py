@@ -1,5 +1,6 @@
 """A dialogue model that can be asked for its next token: loading, and the key-value cache."""
 
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from dialogue import hub, storage
 from dialogue.base_model import context_length, pick_device, pick_dtype
 from dialogue.errors import UserError
 from dialogue.plaintext import plain
-from dialogue.prompt import decode_text, encode_text, find_roles
+from dialogue.prompt import find_roles, has_vocabulary
 
 # Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
 # the README, longer than loading them; a chat that starts at once is worth more here than a flipped bit is likely.
@@ -135,7 +136,7 @@ def load(name: str, precision: str = "auto") -> Model:
     except LookupError as error:
         raise UserError(f"{name} is no dialogue model: {error}; train one with `python Fine_tuningmodel.py`") from error
     except Exception as error:  # a broken folder fails in a library, in as many ways as there are files
-        if Path(name).is_dir():
+        if os.path.isdir(name):
             raise UserError(
                 f"{name} cannot be loaded: {_line(error)}; write it again, or take another --model"
             ) from error
@@ -145,15 +146,14 @@ def load(name: str, precision: str = "auto") -> Model:
     rows = model.get_output_embeddings().weight.shape[0]
     if rows <= max(tokenizer.get_vocab().values()):
         raise UserError(f"{name} is broken: its tokenizer knows more tokens than the model's {rows}")
-    # Without its vocabulary file, a tokenizer loads all the same, and knows the special tokens only.
-    if decode_text(tokenizer, encode_text(tokenizer, "Hello, you!")) != "Hello, you!":
+    if not has_vocabulary(tokenizer):
         raise UserError(f"{name} is broken: its tokenizer has no vocabulary")
     return Model(TransformersEngine(model), tokenizer, limit)
 
 
 def _source(name: str) -> dict[str, Any]:
     """Where to look for `name`, without asking a hub that does not answer, and never for code."""
-    return {"local_files_only": Path(name).is_dir() or not hub.reachable(), "trust_remote_code": False}
+    return {"local_files_only": os.path.isdir(name) or not hub.reachable(), "trust_remote_code": False}
 
 
 def _load_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -70,6 +70,12 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return "".join(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
+def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether text survives. Without its vocabulary file a tokenizer loads all the same, and knows the special
+    tokens only."""
+    return decode_text(tokenizer, encode_text(tokenizer, "Hello, you!")) == "Hello, you!"
+
+
 def encode_turn(tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int) -> list[int]:
     """One closed turn: [role id, text ids ..., <END> id]."""
     return [role, *encode_text(tokenizer, text), end]

@@ -74,6 +74,8 @@ def check_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
     with chunked_head(model):
         chunked = model(**batch, use_cache=False).loss.item()
     model.train()
+    if not math.isfinite(plain):
+        raise UserError("the base model's loss is not finite: its weights are broken; download it again")
     if not math.isclose(plain, chunked, rel_tol=0.01):
         raise UserError(f"this base model's head is not a plain matrix (loss {plain:.4f}, in chunks {chunked:.4f})")
 

@@ -1,6 +1,7 @@
 """What a person is told: the plan before a run, the report beside the adapters after it."""
 
 import platform
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dialogue.packing import IGNORED, Row
+from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
 from dialogue.storage import write_json
 
@@ -40,7 +42,7 @@ def show_plan(console: Console, plan: dict[str, str]) -> None:
     table.add_column(style="bold")
     table.add_column()
     for name, value in plan.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(plain(value)))
     console.print(table)
 
 
@@ -49,7 +51,7 @@ def show_example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row)
     text = Text("One dialogue as the model reads it (green: learned): ", style="bold")
     end = next((i for i in range(1, len(row["position_ids"])) if row["position_ids"][i] == 0), len(row["input_ids"]))
     for token, label in zip(row["input_ids"][:end], row["labels"][:end], strict=True):
-        text.append(decode_text(tokenizer, [token]), style="dim" if label == IGNORED else "green")
+        text.append(plain(decode_text(tokenizer, [token])), style="dim" if label == IGNORED else "green")
     console.print(text)
 
 
@@ -152,6 +154,6 @@ def show_result(
         f"merged model: {certificate['perplexity_change']:+.2%} perplexity, "
         f"{certificate['greedy_agreement']:.1%} of greedy choices the same."
     )
-    console.print(f"Adapters and report: {adapters}/   Merged model: {merged}/", highlight=False)
-    extra = "" if str(merged) == "gpt2-dialogue-full" else f" --model {merged}"
-    console.print(f"Chat with it: [bold]python main.py{extra}[/]", highlight=False)
+    console.print(Text(plain(f"Adapters and report: {adapters}/   Merged model: {merged}/")))
+    extra = "" if str(merged) == "gpt2-dialogue-full" else f" --model {shlex.quote(str(merged))}"
+    console.print(Text.assemble("Chat with it: ", (plain(f"python main.py{extra}"), "bold")), soft_wrap=True)

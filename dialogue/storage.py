@@ -48,15 +48,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def unfinished(target: Path) -> Path:
     """Where `whole_folder` collects the files of `target`."""
-    return target.with_name(f".{target.name}.unfinished")
+    return target.parent / f".{target.name}.unfinished"
 
 
 def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
+    return target.parent / f".{target.name}.old"
 
 
 def recover(target: Path) -> None:
     """Undo a replacement that was cut between its two renames; clear one that was cut after them."""
+    target = Path(os.path.realpath(target))
     old = _old(target)
     if not os.path.lexists(old):
         return
@@ -138,6 +139,18 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_apart(*folders: Path) -> None:
+    """Raises UserError where two of a run's folders are the same folder, or one lies inside another."""
+    real = [Path(os.path.realpath(folder)) for folder in folders]
+    for first, name in zip(real, folders, strict=True):
+        for second, other in zip(real, folders, strict=True):
+            if other is not name and second.is_relative_to(first):
+                how = "are the same folder" if first == second else "lie one inside the other"
+                raise UserError(
+                    f"{name} and {other} {how}: give each its own (--adapter_dir, --merged_dir, --output_dir)"
+                )
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

@@ -1,0 +1,428 @@
+"""What people, disks and downloads can get wrong: each ends with one clear line, or is handled and counted.
+
+Files of dialogues have a table of their own in test_corpus.py, broken model folders in test_generation.py.
+"""
+
+import io
+import json
+import os
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import byte_tokenizer, save_random_gpt2
+from safetensors.torch import load_file, save_file
+
+import Fine_tuningmodel as script
+import main as chat
+from dialogue import storage, training
+from dialogue.errors import UserError, exit_code
+from dialogue.prompt import add_roles
+
+DIALOGUE = {"dialog": ["Hello, how are you?", "Fine, thank you."]}
+GOOD = "".join(json.dumps({"dialog": [f"Hello {n}", f"And you, {n}?"]}) + "\n" for n in range(30))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small base model, as a download would look."""
+    return save_random_gpt2(tmp_path_factory.mktemp("base") / "base", byte_tokenizer(), width=16, heads=2, layers=1)
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A small dialogue model with a manifest."""
+    tokenizer = byte_tokenizer()
+    add_roles(tokenizer)
+    folder = save_random_gpt2(tmp_path_factory.mktemp("chat") / "merged", tokenizer, width=16, heads=2, layers=1)
+    (folder / "generation_config.json").write_text('{"temperature": 0.7}')
+    storage.seal(folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working directory, with good data and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talk.jsonl").write_text(GOOD)
+    return tmp_path
+
+
+def write(name, content):
+    """Write a file of text or bytes in the working directory."""
+    path = os.path.join(os.getcwd(), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+
+
+def one_line(captured, said):
+    """Standard error ends with one line that says `said`, and no control sequence is anywhere."""
+    lines = captured.err.strip().splitlines()
+    assert lines and lines[-1].startswith("error: ") and re.search(said, lines[-1]), captured.err
+    assert "Traceback" not in captured.err
+    assert not set(captured.out + captured.err) & set("\x1b\x07\x9b\u202e"), captured
+    return lines[-1]
+
+
+# ---- Training: the dataset ---------------------------------------------------------------------------
+
+WRONG_DATA = {
+    "NUL bytes": ("nul.jsonl", b"\0" * 5000, "not a line of JSON"),
+    "half a number": ("int.jsonl", '{"dialog": ' + "1" * 5000 + "}\n", "int.jsonl:1"),
+    "nothing but blank turns": ("blank.jsonl", '{"dialog": [" ", "\\t"]}\n' * 5, "no dialogue of two turns"),
+    "one speaker only": (
+        "one.jsonl", json.dumps({"messages": [{"role": "user", "content": "Hi"}] * 3}) + "\n",
+        "1 dialogues of fewer than two turns",
+    ),
+    "the assistant alone": (
+        "bot.jsonl", json.dumps({"messages": [{"role": "assistant", "content": "Hi"}] * 2}) + "\n", "no dialogue",
+    ),
+    "content that is a number": ("n.jsonl", '{"messages": [{"role": "user", "content": 5}]}\n', "n.jsonl:1"),
+    "turns that are null": ("null.jsonl", '{"dialog": null}\n', "null.jsonl:1"),
+    "a string for a list": ("string.jsonl", '{"dialog": "Hi"}\n', "string.jsonl:1"),
+    "an HTML page": ("page.jsonl", "<!DOCTYPE html>\n<html></html>\n", "page.jsonl:1"),
+    "a truncated gzip": ("a.jsonl", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "not UTF-8"),
+    "a quote that never ends": ("quote.csv", 'dialog\n"[""a"", ""b""]\n' * 3, "quote.csv"),
+    "a table without rows": ("header.csv", "dialog\n", "columns|no dialogue"),
+    "a name full of commands": ("\x1b[31mred\u202e\n[bold].jsonl", "{", "red"),
+    "a name that ends in no known way": ("talk.docx", b"PK", "unknown kind of file"),
+    "an empty file among good ones": ("folder/empty.jsonl", "", "empty.jsonl is empty"),
+    "dialogues longer than the context": ("long.jsonl", json.dumps({"dialog": ["a " * 50_000] * 2}) + "\n", "too few"),
+}  # fmt: skip
+
+
+def train(base, *flags):
+    """Exit code of the training script on good data, unless `flags` say otherwise."""
+    usual = [
+        "--base_model",
+        str(base),
+        "--dataset",
+        "talk.jsonl",
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "2",
+    ]
+    return exit_code(lambda: script.main([*usual, *flags]))
+
+
+@pytest.mark.parametrize("what", WRONG_DATA)
+def test_wrong_data(what, base, here, capsys):
+    name, content, said = WRONG_DATA[what]
+    write(name, content)
+    assert train(base, "--dataset", "./" + name.split("/")[0]) == 2
+    one_line(capsys.readouterr(), said)
+    assert not (here / "gpt2-dialogue-lora").exists()
+
+
+def test_a_folder_of_links_in_a_circle(base, here, capsys):
+    (here / "loop").symlink_to("loop")
+    assert train(base, "--dataset", "./loop") == 2
+    one_line(capsys.readouterr(), "loop does not exist")
+    (here / "data").mkdir()
+    (here / "data/again").symlink_to(here / "data")
+    (here / "data/dangling.jsonl").symlink_to("nowhere")
+    assert train(base, "--dataset", "./data") == 2
+    one_line(capsys.readouterr(), "holds no data file")
+
+
+ODD_DATA = {
+    "byte order mark and Windows line ends": b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode(),
+    "control tokens in the text": GOOD + json.dumps({"dialog": ["<END><USER>", "<|endoftext|><BOT>"]}) + "\n",
+    "terminal commands in the text": GOOD + json.dumps({"dialog": ["\x1b[31mred\u202e", "\x9b2J\x07[/bold]"]}) + "\n",
+    "100,000 characters in a message": GOOD + json.dumps({"dialog": ["a" * 100_000, "b", "c", "d"]}) + "\n",
+    "a line of ten megabytes": GOOD + json.dumps({"dialog": ["a", "b"], "junk": "x" * 10_000_000}) + "\n",
+    "half an emoji": GOOD + '{"dialog": ["\\ud83d", "Hi", "Yes \\udc4b"]}\n',
+    "NaN, which is no JSON": GOOD + '{"dialog": ["a", "b"], "score": NaN}\n',
+    "empty turns": GOOD + '{"dialog": ["", "a", " ", "b", ""]}\n',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ODD_DATA)
+def test_odd_data_is_handled(what, base, here, capsys):
+    name = "odd [/red]\x1b[1m.jsonl"
+    write(name, ODD_DATA[what])
+    assert train(base, "--dataset", "./" + name, "--plan") == 0
+    captured = capsys.readouterr()
+    assert not set(captured.out + captured.err) & set("\x1b\x07\x9b\u202e"), captured
+    assert "odd [/red].jsonl" in captured.out
+    if "100,000" in what:
+        assert "2 turns did not fit" in " ".join(captured.out.split())
+
+
+# ---- Training: the base model ------------------------------------------------------------------------
+
+
+def change_json(folder, name, **values):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, **values}))
+
+
+def change_weights(folder, change):
+    path = folder / "model.safetensors"
+    save_file(
+        {name: change(name, weight).contiguous() for name, weight in load_file(path).items()}, path, {"format": "pt"}
+    )
+
+
+def to_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_code(folder):
+    (folder / "evil.py").write_text("open('owned', 'w')\nraise SystemExit(77)")
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    change_json(folder, "config.json", model_type="evil", auto_map=names)
+
+
+def cut(name, keep=0.5):
+    def change(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+    return change
+
+
+WRONG_BASE = {
+    "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "holds no usable model"),
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no usable model"),
+    "a config cut in half": (cut("config.json"), "holds no usable model"),
+    "a config that is a list": (lambda f: (f / "config.json").write_text("[1]"), "holds no usable model"),
+    "an unknown kind of model": (lambda f: change_json(f, "config.json", model_type="abacus"), "abacus|model_type"),
+    "a model that is no language model": (lambda f: change_json(f, "config.json", model_type="vit"), "ViT|no usable"),
+    "a config of nonsense": (lambda f: change_json(f, "config.json", n_head=0), "holds no usable model|n_head"),
+    "a config of text for numbers": (lambda f: change_json(f, "config.json", n_embd="many"), "holds no usable model"),
+    "a context of three tokens": (lambda f: change_json(f, "config.json", n_positions=3), "--max_length|no usable"),
+    "weights cut short": (cut("model.safetensors"), "holds no usable model"),
+    "weights of zero bytes": (cut("model.safetensors", 0), "holds no usable model"),
+    "weights that are text": (lambda f: (f / "model.safetensors").write_text("hello"), "holds no usable model"),
+    "pickled weights only": (to_pickle, "safetensors"),
+    "weights of another shape": (
+        lambda f: change_weights(f, lambda n, w: w[:5] if "wte" in n else w), "holds no usable model|shape",
+    ),
+    "weights that are missing": (lambda f: change_json(f, "config.json", n_layer=3), r"weights are missing|no usable"),
+    "weights that are NaN": (lambda f: change_weights(f, lambda n, w: w * torch.nan), "not finite|broken"),
+    "weights that are integers": (lambda f: change_weights(f, lambda n, w: w.to(torch.int32)), "not finite|broken|zero|no gradient|no usable"),
+    "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
+    "a tokenizer cut in half": (cut("tokenizer.json"), "holds no usable model|tokenizer"),
+    "a tokenizer of zero bytes": (cut("tokenizer.json", 0), "holds no usable model|tokenizer"),
+    "code beside the model": (with_code, "trust_remote_code|holds no usable model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG_BASE)
+def test_wrong_base_model(what, base, here, capsys):
+    shutil.copytree(base, here / "model")
+    change, said = WRONG_BASE[what]
+    change(here / "model")
+    assert train("./model") == 2
+    one_line(capsys.readouterr(), said)
+    assert not list(here.glob("*gpt2-dialogue*")) and not (here / "owned").exists()
+
+
+# ---- Training: flags and folders ---------------------------------------------------------------------
+
+WRONG_FLAGS = [
+    (["--max_train_dialogues", "-1"], "not a positive number"),
+    (["--max_length", "many"], "max_length"),
+    (["--early_stopping_patience", "-1"], "not a positive number"),
+    (["--learning_rate", "nan"], "learning_rate"),
+    (["--learning_rate", "-1"], "learning_rate"),
+    (["--num_train_epochs", "0", "--max_steps", "-1"], "num_train_epochs|nothing to train"),
+    (["--num_train_epochs", "nan", "--max_steps", "-1"], "num_train_epochs"),
+    (["--per_device_train_batch_size", "0"], "per_device_train_batch_size"),
+    (["--gradient_accumulation_steps", "0"], "gradient_accumulation_steps"),
+    (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size"),
+    (["--seed", "-1"], "seed"),
+    (["--seed", "9" * 30], "seed"),
+    (["--optim", "sgdd"], "optim"),
+    (["--warmup_steps", "-3"], "warmup_steps"),
+    (["--eval_strategy", "sometimes"], "sometimes"),
+    (["--logging_steps", "0"], "logging_steps"),
+    (["--deepspeed", "nowhere.json"], "deepspeed|nowhere"),
+    (["--base_model", ""], "no usable model"),
+    (["--base_model", "talk.jsonl"], "talk.jsonl"),
+    (["--base_model", "a" * 300], "a" * 50),
+    (["--base_model", "\x1b[31mred/model"], "red/model"),
+    (["--dataset", ""], "no dataset"),
+    (["--dataset", "\x1b[31m./nowhere"], "nowhere"),
+    (["--resume"], "no unfinished run"),
+    (["--resume_from_checkpoint", "nowhere"], "nowhere"),
+    (["--adapter_dir", "talk.jsonl"], "talk.jsonl is a file"),
+    (["--adapter_dir", "talk.jsonl/inside"], "cannot be created"),
+    (["--adapter_dir", "."], "inside the other|not a run's result"),
+    (["--adapter_dir", ""], "inside the other|not a run's result"),
+    (["--adapter_dir", "same", "--merged_dir", "same"], "same folder"),
+    (["--adapter_dir", "same", "--merged_dir", "./x/../same"], "same folder"),
+    (["--adapter_dir", "out/lora", "--merged_dir", "out"], "one inside the other"),
+    (["--output_dir", "talk.jsonl"], "talk.jsonl"),
+    (["--merged_dir", "a" * 300], "cannot be used|cannot be created"),
+    (["--merged_dir", "loop"], "loop"),
+    (["--merged_dir", "/proc/nothing/full"], "not enough disk|cannot be created"),
+    (["--push_to_hub", "maybe"], "push_to_hub"),
+    (["\x1b[31m"], "unknown flag"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    WRONG_FLAGS,
+    ids=lambda value: " ".join(value)[:40].replace("\x1b", "") if isinstance(value, list) else "",
+)
+def test_wrong_flags(flags, said, base, here, capsys):
+    (here / "loop").symlink_to("loop")
+    assert train(base, *flags) == 2
+    one_line(capsys.readouterr(), said)
+    assert sorted(path.name for path in here.iterdir()) == ["loop", "talk.jsonl"], "something was left behind"
+
+
+@pytest.mark.parametrize("name", ["gpt2-dialogue-lora", "gpt2-dialogue-checkpoints"])
+def test_a_folder_that_may_not_be_written(name, base, here, capsys, monkeypatch):
+    """Permissions do not bind root, who meets a read-only file system instead: here, /proc."""
+    (here / name).symlink_to("/proc/self")
+    assert train(base) == 2
+    one_line(capsys.readouterr(), f"{name}|/proc")
+
+
+# ---- Chat --------------------------------------------------------------------------------------------
+
+
+def adapter(folder, base):
+    from peft import LoraConfig
+
+    from dialogue.base_model import load_base
+    from dialogue.lora import attach, save_adapter
+
+    tokenizer = byte_tokenizer()
+    roles = add_roles(tokenizer)
+    model = load_base(str(base), torch.float32, torch.device("cpu"), tokenizer)
+    save_adapter(
+        attach(model, LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"), roles), tokenizer, str(folder)
+    )
+
+
+def flip(name):
+    def change(folder):
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+
+    return change
+
+
+def pickled_adapter(folder):
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+
+
+WRONG_MODEL = {
+    "a flipped byte in the weights": ("merged", flip("model.safetensors"), "model.safetensors is not what was written"),
+    "a flipped byte in the tokenizer": ("merged", flip("tokenizer.json"), "tokenizer.json is not what was written"),
+    "a flipped byte in the config": ("merged", flip("config.json"), "config.json is not what was written"),
+    "a flipped byte in the manifest": ("merged", flip("manifest.json"), "is broken"),
+    "weights cut short": ("merged", cut("model.safetensors"), r"model.safetensors has \d+ of"),
+    "a file that is gone": ("merged", lambda f: (f / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
+    "pickled weights only": ("unsealed", to_pickle, "safetensors"),
+    "code beside the model": ("unsealed", with_code, "trust_remote_code|cannot be loaded"),
+    "a config of nonsense": ("unsealed", lambda f: change_json(f, "config.json", n_head=0), "cannot be loaded"),
+    "NaN weights": ("unsealed", lambda f: change_weights(f, lambda n, w: w * torch.nan), "not finite"),
+    "a pickled adapter": ("adapter", pickled_adapter, "no adapter_model.safetensors"),
+    "an adapter cut short": ("adapter", cut("adapter_model.safetensors"), "cannot be loaded"),
+    "an adapter's config cut short": ("adapter", cut("adapter_config.json"), "cannot be loaded"),
+    "an adapter of another shape": ("adapter", lambda f: change_json(f, "adapter_config.json", r=5), "cannot be loaded"),
+    "an adapter of a base that is gone": (
+        "adapter", lambda f: change_json(f, "adapter_config.json", base_model_name_or_path="\x1b[31mgone"), "gone",
+    ),
+}  # fmt: skip
+
+
+def say(*flags):
+    """Exit code of one reply."""
+    return exit_code(lambda: chat.main(["--max_t", "3", "--prompt", "Hi", *flags]))
+
+
+@pytest.mark.parametrize("what", WRONG_MODEL)
+def test_wrong_model(what, merged, base, here, capsys):
+    kind, change, said = WRONG_MODEL[what]
+    folder = here / "model"
+    chat._load.cache_clear()
+    if kind == "adapter":
+        adapter(folder, base)
+    else:
+        shutil.copytree(merged, folder)
+    if kind == "unsealed":
+        (folder / storage.MANIFEST).unlink()
+    assert say("--model", "./model") == 0, "it was good before"
+    capsys.readouterr()
+    change(folder)
+    chat._load.cache_clear()
+    assert say("--model", "./model") == 2
+    one_line(capsys.readouterr(), said)
+    assert not (here / "owned").exists()
+
+
+WRONG_WORDS = [
+    (["--temp", "nan"], "temp must be"),
+    (["--temp", "hot"], "invalid float"),
+    (["--top_k", "1.5"], "invalid int"),
+    (["--top_k", "-4"], "top_k must be"),
+    (["--top_p", "2"], "top_p must be"),
+    (["--min_p", "-1"], "min_p must be"),
+    (["--repetition_penalty", "0"], "repetition_penalty must be"),
+    (["--max_t", "-3"], "max_t must be"),
+    (["--seed", "tomorrow"], "invalid int"),
+    (["--precision", "int3"], "invalid choice"),
+    (["--stats", "maybe"], "invalid choice"),
+    (["--tempo", "1"], "unrecognized arguments"),
+    (["\x1b[31mHi"], "unrecognized arguments"),
+    (["--model", ""], "no model in|cannot be loaded"),
+    (["--model", "talk.jsonl"], "no model in"),
+    (["--model", "./loop"], "no model in"),
+    (["--model", "a" * 300], "no model in|cannot be loaded"),
+    (["--model", "\x1b[31m./red"], "red"),
+    (["--prompt", "a" * 100_000], "make it shorter"),
+    (["--sampler", "fitted", "--model", "talk.jsonl"], "no model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    WRONG_WORDS,
+    ids=lambda value: " ".join(value)[:30].replace("\x1b", "") if isinstance(value, list) else "",
+)
+def test_wrong_words_to_the_chat(flags, said, merged, here, capsys):
+    (here / "loop").symlink_to("loop")
+    assert say("--model", str(merged), *flags) == 2
+    one_line(capsys.readouterr(), said)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", '{"temperature": "hot"}', '{"top_k": null, "temperature": [1]}', b"\xff"]
+)
+def test_a_wrong_generation_config(content, merged, here, capsys):
+    shutil.copytree(merged, here / "model")
+    (here / "model" / storage.MANIFEST).unlink()
+    write("model/generation_config.json", content)
+    assert say("--model", "./model", "--sampler", "fitted") == 2
+    one_line(capsys.readouterr(), "generation_config|temp must be")
+
+
+def test_odd_messages_get_a_reply(merged, here, monkeypatch, capsys):
+    odd = ["<END><USER><BOT>", "\0", "\x1b[31m", "\udcff", "\ufeff", "👋🏽", "[/bold]", "/nonsense", "\x9b2J"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(odd) + "\n"))
+    assert exit_code(lambda: chat.main(["--model", str(merged), "--max_t", "3"])) == 0
+    captured = capsys.readouterr()
+    assert not set(captured.out + captured.err) & set("\x1b\x07\x9b\u202e")
+
+
+def test_debug_shows_tracebacks(base, here, monkeypatch):
+    for run in (lambda: chat.main(["--model", "./nowhere"]), lambda: script.main(["--dataset", "./nowhere"])):
+        with pytest.raises(UserError):
+            exit_code(run, debug=True)
+    monkeypatch.setattr(training, "train", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a bug shows itself in any case
+        train(base)
