@@ -172,7 +172,7 @@ def load_base(
     """
     model: Any
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve(name),
             dtype=dtype,
             device_map={"": device},
@@ -181,6 +181,7 @@ def load_base(
             output_loading_info=True,
             **_source(name),
         )
+        model, found = loaded
         if found["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"weights are missing, {min(found['missing_keys'])} for one")
     except (UserError, torch.OutOfMemoryError):

@@ -163,8 +163,8 @@ def save(chat: "Chat", rest: str) -> None:
     text = json.dumps(chat.conversation.messages(), indent=2, ensure_ascii=False) + "\n"
     try:
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{plain(rest)} could not be written: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        raise UserError(f"{plain(rest)} could not be written: {getattr(error, 'strerror', error)}") from error
     chat.note(f"saved to {plain(rest)}")
 
 

@@ -98,10 +98,10 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
 
     Sizes are always compared, hashes for files of fewer than `hash_below` bytes.
     """
+    if not os.path.lexists(folder / MANIFEST):
+        return None
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     try:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dialogue import commands
 from dialogue.errors import UserError
+from dialogue.plaintext import plain
 
 try:
     import termios
@@ -76,9 +77,9 @@ class Chat:
     ) -> None:
         self.loading, self.generate, self.defaults, self.stats = loading, generate, defaults, stats
         self.chosen = chosen  # settings that a flag or /set gave
-        plain = bool(os.environ.get("NO_COLOR"))  # rich alone would still write bold and dim
-        self.console = Console(highlight=False, color_system=None if plain else "auto")
-        self.rich = self.console.is_terminal and not self.console.is_dumb_terminal and not plain
+        colourless = bool(os.environ.get("NO_COLOR"))  # rich alone would still write bold and dim
+        self.console = Console(highlight=False, color_system=None if colourless else "auto")
+        self.rich = self.console.is_terminal and not self.console.is_dumb_terminal and not colourless
 
     @property
     def conversation(self) -> "Conversation":
@@ -171,7 +172,7 @@ def chat(
             except UserError as error:
                 if loading.done() and loading.exception():
                     raise
-                this.console.print(str(error), style="red", markup=False)
+                this.console.print(plain(str(error)), style="red", markup=False)
             except KeyboardInterrupt:
                 this.note("stopped")
         this.note("Bye.")

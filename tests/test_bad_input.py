@@ -206,7 +206,9 @@ WRONG_BASE = {
     ),
     "weights that are missing": (lambda f: change_json(f, "config.json", n_layer=3), r"weights are missing|no usable"),
     "weights that are NaN": (lambda f: change_weights(f, lambda n, w: w * torch.nan), "not finite|broken"),
-    "weights that are integers": (lambda f: change_weights(f, lambda n, w: w.to(torch.int32)), "not finite|broken|zero|no gradient|no usable"),
+    "weights that are integers": (
+        lambda f: change_weights(f, lambda n, w: w.to(torch.int32)), "not finite|broken|no gradient",
+    ),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
     "a tokenizer cut in half": (cut("tokenizer.json"), "holds no usable model|tokenizer"),
     "a tokenizer of zero bytes": (cut("tokenizer.json", 0), "holds no usable model|tokenizer"),
@@ -244,7 +246,7 @@ WRONG_FLAGS = [
     (["--eval_strategy", "sometimes"], "sometimes"),
     (["--logging_steps", "0"], "logging_steps"),
     (["--deepspeed", "nowhere.json"], "deepspeed|nowhere"),
-    (["--base_model", ""], "no usable model"),
+    (["--base_model", ""], "cannot be loaded"),
     (["--base_model", "talk.jsonl"], "talk.jsonl"),
     (["--base_model", "a" * 300], "a" * 50),
     (["--base_model", "\x1b[31mred/model"], "red/model"),
@@ -333,7 +335,9 @@ WRONG_MODEL = {
     "a pickled adapter": ("adapter", pickled_adapter, "no adapter_model.safetensors"),
     "an adapter cut short": ("adapter", cut("adapter_model.safetensors"), "cannot be loaded"),
     "an adapter's config cut short": ("adapter", cut("adapter_config.json"), "cannot be loaded"),
-    "an adapter of another shape": ("adapter", lambda f: change_json(f, "adapter_config.json", r=5), "cannot be loaded"),
+    "an adapter of another shape": (
+        "adapter", lambda f: change_json(f, "adapter_config.json", r=5), "cannot be loaded",
+    ),
     "an adapter of a base that is gone": (
         "adapter", lambda f: change_json(f, "adapter_config.json", base_model_name_or_path="\x1b[31mgone"), "gone",
     ),

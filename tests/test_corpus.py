@@ -222,6 +222,28 @@ def test_an_unknown_name_is_no_dataset():
         load_corpus("movies")
 
 
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["dialog", "messages", "role", "content", "user", "text"]), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(records=st.lists(ANY_JSON, max_size=4))
+def test_any_json_is_dialogues_or_a_user_error(records, tmp_path):
+    path = write(tmp_path, "fuzz.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    try:
+        dialogues = read_file(path, Counter())
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(len(turns) >= 2 and all(isinstance(turn, str) and turn for turn in turns) for turns in dialogues)
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv", ".zip", ".parquet"])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(

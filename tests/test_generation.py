@@ -5,18 +5,21 @@ import json
 import pytest
 import torch
 from conftest import gpt2_tokenizer, save_random_gpt2
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from dialogue.base_model import load_base
+from dialogue.commands import COMMANDS, run
 from dialogue.conversation import Conversation, check
 from dialogue.errors import UserError
 from dialogue.generation import Model, TransformersEngine, load
 from dialogue.prompt import add_roles, encode_dialogue
 from dialogue.sampling import Sampling
+from dialogue.terminal import Chat, in_background
 
 GREEDY = Sampling(temp=0)
+DEFAULTS = {"max_t": 2, "temp": 0.8, "top_k": 40, "top_p": 0.9}
 
 
 def dialogue_tokenizer():
@@ -258,6 +261,44 @@ def test_why_tells_what_was_drawn(talk):
 def test_values_out_of_range(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         check(**{"max_t": 50, **wrong})
+
+
+ARGUMENTS = st.text(alphabet=st.characters(exclude_characters="/~."), max_size=12) | st.sampled_from(
+    [
+        "temp 0.5",
+        "temp nan",
+        "temp 1e999",
+        "top_k 9" + "9" * 400,
+        "seed -1",
+        "seed 1e3",
+        "max_t 3",
+        "max_t \u0663",
+        "  ",
+        "-",
+        "file",
+    ]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(st.tuples(st.sampled_from([*COMMANDS, "/", "/nonsense"]), ARGUMENTS), max_size=5))
+def test_any_command_does_its_work_or_says_what_is_wrong(lines, model, tmp_path, monkeypatch, capsys):
+    """Whatever is typed: a UserError at most, nothing that a terminal obeys, and a conversation that goes on."""
+    monkeypatch.chdir(tmp_path)
+    talk = Conversation(model, seed=3)
+
+    chat = Chat(in_background(lambda: talk), lambda message, **_: say(talk, message, 2), dict(DEFAULTS), {}, "off")
+    chat.loading.result()
+    say(talk, "Hi", 2)
+    for name, argument in lines:
+        try:
+            run(chat, f"{name} {argument}" if argument else name)
+        except UserError as error:
+            assert str(error)
+    out = capsys.readouterr()
+    assert not set(out.out + out.err) & set("\x07\x9b\u202e")
+    check(**chat.settings())
+    assert say(talk, "go on", 2) is not None and len(talk.turns) % 2 == 0
 
 
 # ---- Loading -----------------------------------------------------------------------------------------

@@ -40,6 +40,20 @@ def test_any_stream_grows_and_stays_plain(pieces):
     assert plain("".join(pieces)).startswith(shown)
 
 
+PIECES = [b"a", b" ", b"\x1b", b"[", b"3", b"m", b"]", b"\x07", b"\xc2", b"\x9b", b"\xf0\x9f", b"\xff", b"\n"]
+PIECES += ["👋🏽".encode(), "\u202e".encode()]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map(b"".join))
+def test_every_split_of_any_bytes(data):
+    """As the tokenizer decodes a growing reply: half a character is U+FFFD, a sequence may be spread over tokens."""
+    whole = plain(data.decode(errors="replace"))
+    for cut in range(len(data) + 1):
+        shown = stable(data[:cut].decode(errors="replace"))
+        assert not set(shown) & set("\x1b\x07\x9b\u202e")
+        assert whole.startswith(shown), (cut, shown, whole)
+
+
 @pytest.mark.parametrize("text", ["👋🏽", "你好，世界", "né"])
 def test_half_characters_wait(text):
     data = text.encode()

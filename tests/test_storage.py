@@ -1,9 +1,14 @@
 """Folders appear whole or not at all."""
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
 import pytest
 
 from dialogue.errors import UserError
-from dialogue.storage import RUN_FILE, check_free, check_space, whole_folder
+from dialogue.storage import MANIFEST, RUN_FILE, check_apart, check_free, check_space, damage, recover, whole_folder
 
 
 def names(folder):
@@ -22,7 +27,7 @@ def test_after_an_error_the_old_result_stands_and_nothing_else(tmp_path):
     assert names(tmp_path) == ["result"]
     with whole_folder(target) as folder:
         (folder / "b.txt").write_text("new")
-    assert names(target) == ["b.txt"]
+    assert names(target) == ["b.txt", MANIFEST]
     assert names(tmp_path) == ["result"]
 
 
@@ -43,6 +48,89 @@ def test_what_may_be_written_over(tmp_path):
 
 
 def test_too_little_disk_is_said_beforehand(tmp_path):
-    check_space(tmp_path / "a" / "b", 1000)
+    check_space({tmp_path / "a" / "b": 1000})
     with pytest.raises(UserError, match=r"not enough disk .* 1000000000\.0 GB needed"):
-        check_space(tmp_path / "a" / "b", 10**18)
+        check_space({tmp_path / "a" / "b": 10**18})
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(UserError, match="not enough disk"):  # each would fit, both do not
+        check_space({tmp_path / "a": free * 2 // 3, tmp_path / "b": free * 2 // 3})
+
+
+def write_result(target, text="old"):
+    with whole_folder(target) as folder:
+        (folder / "a.txt").write_text(text)
+        (folder / "inner").mkdir()
+        (folder / "inner/b.txt").write_text(text * 9)
+    return target
+
+
+@pytest.mark.parametrize("moment", ["between the renames", "after them"])
+def test_a_replacement_that_was_cut_is_recovered(moment, tmp_path, monkeypatch):
+    target = write_result(tmp_path / "result")
+    rename, calls = Path.rename, []
+
+    def killed(path, to):
+        calls.append(path)
+        if len(calls) == 2 and moment == "between the renames":
+            raise SystemExit  # stands for a kill: nothing after it runs
+        rename(path, to)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Path, "rename", killed)
+        patch.setattr("dialogue.storage.recover", lambda _: None)
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        write_result(target, "new")
+        raise SystemExit
+    recover(target)
+    assert (target / "a.txt").read_text() == ("old" if moment == "between the renames" else "new")
+    assert not damage(target)
+    assert ".result.old" not in names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "harm", [lambda data: data[:-1], lambda data: b"", lambda data: bytes([data[0] ^ 1]) + data[1:]]
+)
+@pytest.mark.parametrize("name", ["a.txt", "inner/b.txt", MANIFEST])
+def test_damage_is_found(name, harm, tmp_path):
+    target = write_result(tmp_path / "result")
+    assert damage(target) is None
+    data = (target / name).read_bytes()
+    (target / name).write_bytes(harm(data))
+    assert damage(target), f"{name} {harm(data)[:20]}"
+    (target / name).unlink()
+    assert bool(damage(target)) == (name != MANIFEST), "what other programs wrote has no manifest"
+
+
+def test_large_files_are_compared_by_size_only(tmp_path):
+    target = write_result(tmp_path / "result", "long")
+    (target / "inner/b.txt").write_text("gnol" * 9)
+    assert damage(target, hash_below=5) is None
+    (target / "a.txt").write_text("gnol")
+    assert "a.txt is not what was written" in str(damage(target, hash_below=5))
+
+
+def test_a_link_to_another_disk_stays_a_link(tmp_path):
+    write_result(tmp_path / "big_disk")
+    (tmp_path / "result").symlink_to("big_disk")
+    write_result(tmp_path / "result", "new")
+    assert (tmp_path / "result").is_symlink() and (tmp_path / "big_disk/a.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "No space left"),
+     (RuntimeError("[enforce fail] . unexpected pos 64 vs 0"), "unexpected pos"),
+     (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left")],
+)  # fmt: skip
+def test_a_full_disk_is_a_line_whoever_says_it(error, said, tmp_path):
+    target = write_result(tmp_path / "result")
+    with pytest.raises(UserError, match=f"result could not be written: .*{said}"), whole_folder(target):
+        raise error
+    assert (target / "a.txt").read_text() == "old" and not damage(target)
+
+
+def test_folders_of_a_run_lie_apart(tmp_path):
+    check_apart(tmp_path / "a", tmp_path / "b", tmp_path / "ab")
+    for first, second in (("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a", "c/../a")):
+        with pytest.raises(UserError, match="give each its own"):
+            check_apart(tmp_path / first, tmp_path / second, tmp_path / "x")
