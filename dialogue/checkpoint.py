@@ -7,14 +7,12 @@ adapters, an evaluation that was still due, and an end in good order after Ctrl-
 
 import dataclasses
 import hashlib
-import os
 import shutil
-import signal
 import sys
 import time
 from array import array
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -27,7 +25,7 @@ from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
 from dialogue import merge, report, storage
-from dialogue.errors import Stopped, UserError
+from dialogue.errors import Signals, Stopped, UserError
 from dialogue.evaluate import Score
 from dialogue.packing import Row
 from dialogue.plaintext import plain
@@ -38,8 +36,8 @@ STATE, BEST = "evaluations.json", "best_adapter.safetensors"  # ours, beside Tra
 FREE = (
     "adapter_dir", "merged_dir", "output_dir",
     "logging_", "log_", "include_num", "disable_tqdm", "report_to", "run_name", "project", "trackio",
-    "save_", "enable_jit", "push_to_hub", "hub_", "load_best", "dataloader_", "ddp_", "skip_memory", "do_",
-    "resume_from", "restore_callback", "local_rank", "debug",
+    "save_", "enable_jit", "push_to_hub", "hub_", "load_best", "dataloader_num", "dataloader_p", "ddp_",
+    "skip_memory", "do_", "resume_from", "restore_callback", "local_rank", "debug",
 )  # fmt: skip
 
 
@@ -52,7 +50,7 @@ def describe(
     """Everything that was asked for and decides the result, flat; two runs with equal ones are the same run."""
     fields = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(arguments) if field.init}
     adapter = {f"lora {name}": value for name, value in dataclasses.asdict(lora).items() if name != "peft_version"}
-    asked = {**settings, **adapter, **fields}
+    asked = {**settings, **adapter, **fields, "processes": arguments.world_size}
     run = {
         **{name: _plain_value(value) for name, value in asked.items() if not name.startswith(FREE)},
         "training data": _fingerprint(rows),
@@ -108,10 +106,11 @@ def look(
     """
     storage.check_apart(adapters, merged, home(arguments))
     has_adapters, has_merged = (_run_of(folder) == run for folder in (adapters, merged))
-    for folder, same in ((adapters, has_adapters and not has_merged), (merged, False)):
-        storage.check_free(folder, overwrite or same)
-    begun = Begun()
-    if has_adapters and not has_merged and resume is not False and not storage.damage(adapters):
+    # Checkpoints are deleted last: where they are still there, a kill came before that.
+    unfinished = has_adapters and (not has_merged or (not overwrite and bool(checkpoints(home(arguments)))))
+    storage.check_free(adapters, overwrite or unfinished)
+    storage.check_free(merged, overwrite or (has_merged and unfinished))
+    if unfinished and resume is not False and not storage.damage(adapters):
         begun = Begun(trained=True, decided=storage.read_json(adapters / storage.RUN_FILE)["decided"])
     else:
         begun = _newest(run, arguments, overwrite)
@@ -172,9 +171,14 @@ def home(arguments: TrainingArguments) -> Path:
     return Path(str(arguments.output_dir))
 
 
-def clear(folder: Path, keep: int = 0) -> None:
-    """Delete all checkpoints in `folder` but the newest `keep`, what a kill left, and the folder if it is empty."""
-    for path in checkpoints(folder)[keep:]:
+def clear(folder: Path, keep: int = 0, step: int = -1) -> None:
+    """Delete what is in `folder` but for the newest `keep` checkpoints up to `step`, and the folder if it is empty.
+
+    Later ones than `step` were broken and passed over, and would push out those that are whole.
+    """
+    found = checkpoints(folder)
+    kept = [path for path in found if int(path.name[11:]) <= step][:keep]
+    for path in [path for path in found if path not in kept]:
         path.rename(path.with_name(f".{path.name}.deleted"))  # half deleted, nothing has its final name
     for path in folder.glob(".checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -185,7 +189,7 @@ def clear(folder: Path, keep: int = 0) -> None:
 def in_words(begun: Begun, adapters: Path) -> str:
     """What is gone on with, and how not to; empty for a fresh start."""
     if begun.trained:
-        return f"{adapters} is whole, only the merge is missing (--no-resume trains again).\n"
+        return f"{plain(str(adapters))} is whole: only the merge is to be done (--no-resume trains again).\n"
     if begun.checkpoint:
         changed = differences(begun.versions, report.versions())
         note = f" Not bit for bit what it would have been: {'; '.join(changed)}." if changed else ""
@@ -200,37 +204,6 @@ def check_space(model: Any, arguments: TrainingArguments, adapters: Path, merged
     one, count = 4 * trained + 20_000_000, (arguments.save_total_limit or 2) + 1
     folders = {home(arguments): one * count, adapters: one, merged: merge.merged_bytes(model)}
     storage.check_space(folders)
-
-
-# ---- Signals -----------------------------------------------------------------------------------------
-
-
-class Signals:
-    """The first Ctrl-C or SIGTERM is noted, or where `at_once` raises Stopped; the second ends the process."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        self.at_once = False
-
-    @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Inside, signals are handled here."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self.number = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)  # nothing half-written is ever taken for whole
-        # Not `print`, which must not be called while it is at work; the bar had hidden the cursor.
-        show = b"\x1b[?25h" if os.isatty(2) else b""
-        os.write(2, show + b"\nstopping: this step is finished and saved first; once more leaves at once\n")
-        if self.at_once:
-            raise Stopped(number, "interrupted")
 
 
 # ---- The Trainer -------------------------------------------------------------------------------------
@@ -325,7 +298,7 @@ class ResumableTrainer(Trainer):
                 self._write_state(folder)
         self.saved_step = self.state.global_step
         if first:
-            clear(home(self.args), keep=self.args.save_total_limit or 2)
+            clear(home(self.args), keep=self.args.save_total_limit or 2, step=self.state.global_step)
 
     # Going on, and leaving
 
@@ -349,6 +322,7 @@ class ResumableTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **keywords: Any) -> None:
         """After a signal: no evaluation any more, or no more of it, but a checkpoint."""
+        self._agree()
         try:
             self.control.should_evaluate &= not self.signals.number
             super()._maybe_log_save_evaluate(*args, **keywords)
@@ -356,9 +330,15 @@ class ResumableTrainer(Trainer):
             pass
         self.leave_if_asked()
 
+    def _agree(self) -> None:
+        """Several processes stop at the same step, whichever of them got the signal."""
+        if self.args.world_size > 1:
+            number = torch.tensor([self.signals.number], device=self.args.device)
+            self.signals.number = self.signals.agreed = int(self.accelerator.gather(number).max())
+
     def leave_if_asked(self) -> None:
         """Raises Stopped where a signal came, when all that was done is saved."""
-        if not self.signals.number:
+        if not (self.signals.agreed if self.args.world_size > 1 else self.signals.number):
             return
         if self.saved_step != self.state.global_step:
             self._save_checkpoint(self.model, None)

@@ -1,9 +1,11 @@
 """How a run ends other than by itself: a person's mistake, a signal; and what the scripts do then."""
 
 import argparse
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from dialogue.plaintext import plain
@@ -26,6 +28,34 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+class Signals:
+    """The first Ctrl-C or SIGTERM is noted, or where `at_once` raises Stopped; the second ends the process."""
+
+    def __init__(self) -> None:
+        self.number = self.agreed = 0
+        self.at_once = False
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Inside, signals are handled here."""
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.number = number
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)  # nothing half-written is ever taken for whole
+        # Not `print`, which must not be called while it is at work; the bar had hidden the cursor.
+        show = b"\x1b[?25h" if os.isatty(2) else b""
+        os.write(2, show + b"\nstopping: this step is finished and saved first; once more leaves at once\n")
+        if self.at_once:
+            raise Stopped(number, "interrupted")
 
 
 def exit_code(run: Callable[[], None], debug: bool = False) -> int:

@@ -52,7 +52,7 @@ class DialogueTrainer(ResumableTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Nats a reply token over the whole validation set. Trainer's own average weighs each batch alike,
         however many tokens it has. Two sample replies are shown with it. A signal ends it with Stopped."""
-        self.signals.at_once = True
+        self.signals.at_once = self.args.world_size == 1
         try:
             score = self.held_out.score(self.peft_model, self.args.eval_batch_size)
             samples = self.sample_replies() if self.is_world_process_zero() else []

@@ -142,7 +142,7 @@ def test_a_killed_merge_is_finished_without_training_again(source, whole, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "lora"}
     monkeypatch.setattr(training, "train", None)
     assert run(source, tmp_path) == 0
-    assert "only the merge is missing" in capsys.readouterr().out
+    assert "only the merge is to be done" in capsys.readouterr().out
     assert weights(tmp_path) == weights(whole)
     assert run(source, tmp_path) == 2
     assert "add --overwrite" in capsys.readouterr().err
