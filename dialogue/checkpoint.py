@@ -106,8 +106,9 @@ def look(
     """
     storage.check_apart(adapters, merged, home(arguments))
     has_adapters, has_merged = (_run_of(folder) == run for folder in (adapters, merged))
-    # Checkpoints are deleted last: where they are still there, a kill came before that.
-    unfinished = has_adapters and (not has_merged or (not overwrite and bool(checkpoints(home(arguments)))))
+    # Checkpoints are deleted last: where there is anything of them, a kill came before the end.
+    left = any(home(arguments).glob("*checkpoint-*"))
+    unfinished = has_adapters and (not has_merged or (left and not overwrite))
     storage.check_free(adapters, overwrite or unfinished)
     storage.check_free(merged, overwrite or (has_merged and unfinished))
     if unfinished and resume is not False and not storage.damage(adapters):
