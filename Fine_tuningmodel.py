@@ -137,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     in_8bit = flags.load_in_8bit == "yes" or (
         flags.load_in_8bit == "auto" and device.type == "cuda" and parameters >= 1_000_000_000
     )
+    in_8bit = begun.decided.get("load_in_8bit", in_8bit)
     if not flags.plan:
         storage.check_space({merged: int(2.1 * parameters)})
     base = base_models.load_base(chosen["base_model"], dtype, device, tokenizer, quant_config if in_8bit else None)
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     run = {"command": command, "run": asked, "decided": decided, "versions": report.versions()}
     if begun.trained:
         lora.load_adapter(model, adapters)
-        metrics = storage.read_json(adapters / "metrics.json")
+        run, metrics = (storage.read_json(adapters / name) for name in (storage.RUN_FILE, "metrics.json"))
         certificate = merge.write_merged(model, dtype, chosen["base_model"], adapters, merged, tokenizer, sample, run)
         checkpoint.clear(checkpoint.home(arguments))
         report.show_result(console, metrics, certificate, adapters, merged)

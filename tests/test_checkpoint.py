@@ -143,6 +143,7 @@ def test_a_killed_merge_is_finished_without_training_again(source, whole, tmp_pa
     monkeypatch.setattr(training, "train", None)
     assert run(source, tmp_path) == 0
     assert "only the merge is to be done" in capsys.readouterr().out
+    assert (tmp_path / "full/run.json").read_bytes() == (tmp_path / "lora/run.json").read_bytes()
     assert weights(tmp_path) == weights(whole)
     assert run(source, tmp_path) == 2
     assert "add --overwrite" in capsys.readouterr().err
