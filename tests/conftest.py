@@ -23,6 +23,11 @@ def gpt2_tokenizer():
     files = SHARED / "gpt2-tokenizer"
     if files.is_dir():
         return GPT2Tokenizer(vocab=str(files / "vocab.json"), merges=str(files / "merges.txt"))
+    return byte_tokenizer()
+
+
+def byte_tokenizer():
+    """GPT-2's way with bytes, without merges: 257 tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<|endoftext|>"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
