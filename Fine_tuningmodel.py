@@ -13,6 +13,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from dialogue.errors import UserError, exit_code  # before the libraries: `dialogue` quietens what they say
+
+# isort: split
 import torch
 import transformers
 from peft import LoraConfig
@@ -20,8 +23,7 @@ from rich.console import Console
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dialogue import base_model as base_models
-from dialogue import command_line, corpus, lora, merge, packing, rehearsal, report, storage, training
-from dialogue.errors import UserError, exit_code
+from dialogue import command_line, corpus, hub, lora, merge, packing, rehearsal, report, storage, training
 from dialogue.evaluate import hold_out
 from dialogue.loss import chunked_head
 from dialogue.prompt import add_roles
@@ -103,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     if not flags.plan:
         storage.check_free(adapters, flags.overwrite)
         storage.check_free(merged, flags.overwrite)
+        if arguments.push_to_hub:
+            hub.check_login(arguments.hub_token)
     transformers.set_seed(arguments.seed)
 
     # Dialogues -> rows of token ids
@@ -163,7 +167,9 @@ def main(argv: list[str] | None = None) -> None:
     console.print(f"Repeat this run with: {command}", highlight=False)
     with chunked_head(model):
         untuned = validation.score(model, arguments.eval_batch_size)
-    trained = training.train(model, tokenizer, rows, validation, arguments)
+    # Trainer itself would upload every checkpoint.
+    local = command_line.override(arguments, {"push_to_hub": False})
+    trained = training.train(model, tokenizer, rows, validation, local)
 
     # Save the adapters, with the report
     facts = {
@@ -205,7 +211,12 @@ def main(argv: list[str] | None = None) -> None:
         certificate = merge.certify(model, reloaded, sample, tokenizer.pad_token_id, in_8bit)
         storage.write_json(folder / "certificate.json", certificate)
         storage.write_json(folder / storage.RUN_FILE, run)
+        report.copy_card(adapters, folder)
     report.show_result(console, metrics, certificate, adapters, merged)
+    if arguments.push_to_hub:
+        token, private = arguments.hub_token, arguments.hub_private_repo
+        for address in hub.push(adapters, merged, arguments.hub_model_id, private, token):
+            console.print(f"Uploaded: {address}", highlight=False)
 
 
 if __name__ == "__main__":

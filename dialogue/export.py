@@ -127,8 +127,8 @@ def _add_tokenizer(writer: Any, folder: Path, tokenizer: PreTrainedTokenizerBase
     tokens, types = [f"[unused {index}]" for index in range(rows)], [TokenType.UNUSED] * rows
     for token, index in tokenizer.get_vocab().items():
         tokens[index], types[index] = token, TokenType.NORMAL
-    for index, token in tokenizer.added_tokens_decoder.items():
-        types[index] = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+    for index, added in tokenizer.added_tokens_decoder.items():
+        types[index] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")  # GGUF's name for byte-level BPE
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
