@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Train
     command = command_line.repeat_command(argv)
-    console.print(f"Repeat this run with: {command}", highlight=False)
+    console.print(f"Repeat this run with: {command}", highlight=False, soft_wrap=True)  # in one line, to be copied
     with chunked_head(model):
         untuned = validation.score(model, arguments.eval_batch_size)
     # Trainer itself would upload every checkpoint.
