@@ -211,7 +211,6 @@ def main(argv: list[str] | None = None) -> None:
         certificate = merge.certify(model, reloaded, sample, tokenizer.pad_token_id, in_8bit)
         storage.write_json(folder / "certificate.json", certificate)
         storage.write_json(folder / storage.RUN_FILE, run)
-        report.copy_card(adapters, folder)
     report.show_result(console, metrics, certificate, adapters, merged)
     if arguments.push_to_hub:
         token, private = arguments.hub_token, arguments.hub_private_repo

@@ -43,7 +43,8 @@ def push(adapters: Path, merged: Path, name: str | None, private: bool | None, t
     api = huggingface_hub.HfApi(token=token)
     name = name or merged.resolve().name
     folders = {name: merged}
-    if not Path(json.loads((adapters / "adapter_config.json").read_text())["base_model_name_or_path"]).is_dir():
+    config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
+    if not Path(config["base_model_name_or_path"]).is_dir():
         folders[f"{name}-lora"] = adapters
     addresses = []
     for repository, folder in folders.items():

@@ -1,7 +1,6 @@
 """What a person is told: the plan before a run, the report beside the adapters after it."""
 
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -141,12 +140,6 @@ def write_report(
     write_json(folder / "metrics.json", metrics)
     draw_curves(history, folder / "curves.png")
     write_card(folder, facts, metrics, settings, command)
-
-
-def copy_card(adapters: Path, merged: Path) -> None:
-    """The model card, with its picture, for the merged model as well."""
-    for name in ("README.md", "curves.png"):
-        shutil.copy(adapters / name, merged / name)
 
 
 def show_result(
