@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.disable_progress_bar()
     target = flags.out or flags.model.with_name(f"{flags.model.name}.gguf")
     write_gguf(flags.model, target)
-    print(f"{target}: {target.stat().st_size / 1e6:.0f} MB; for instance `llama-cli -m {target} --jinja`")
+    print(f"{target}: {target.stat().st_size / 1e6:.0f} MB, for llama.cpp and what is built on it")
 
 
 if __name__ == "__main__":
