@@ -96,7 +96,9 @@ def to_svg(screen: pyte.Screen, title: str) -> str:
             cells = [screen.buffer[row][column] for column in range(COLUMNS)]
             for look, same in groupby(cells, key=lambda cell: (cell.fg, cell.bg, cell.bold)):
                 style = Style(color=colour(look[0]), bgcolor=colour(look[1]), bold=look[2])
-                text.append("".join(cell.data for cell in same), style)
+                run = "".join(cell.data for cell in same)
+                words = run.lstrip()  # spaces in front stand alone: not every viewer keeps them
+                text.append(run[: len(run) - len(words)], style).append(words, style)
             text.rstrip()
             console.print(text, no_wrap=True)
         svg = console.export_svg(title=title)
