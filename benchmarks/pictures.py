@@ -25,14 +25,9 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, ROWS = 90, 60
 SAID = [
-    "Hello, how are you doing today?",
-    "What did you do this weekend?",
-    "I have an exam tomorrow.",
-    "/why",
-    "/set temp 0.6",
-    "Any advice for me?",
-    "exit",
-]
+    "Hello, how are you doing today?", "What did you do this weekend?", "I have an exam tomorrow.", "/why",
+    "/set temp 0.6", "Any advice for me?", "exit",
+]  # fmt: skip
 
 
 class Terminal(pyte.Screen):
@@ -47,9 +42,8 @@ class Terminal(pyte.Screen):
 def record(command: list[str], lines: list[str], pause: float) -> pyte.Screen:
     """Type `lines` into `command`, each after the screen was still for `pause` seconds; the screen at its end."""
     environment = {**os.environ, "TERM": "xterm-256color", "XDG_STATE_HOME": os.devnull}
-    child = pexpect.spawn(
-        command[0], command[1:], dimensions=(ROWS, COLUMNS), env=environment, cwd=ROOT, encoding="utf-8"
-    )
+    size = (ROWS, COLUMNS)
+    child = pexpect.spawn(command[0], command[1:], dimensions=size, env=environment, cwd=ROOT, encoding="utf-8")
     screen = Terminal(COLUMNS, ROWS)
     screen.child, stream = child, pyte.Stream(screen)
 

@@ -32,25 +32,23 @@ def write_gguf(folder: Path, target: Path) -> None:
     Raises UserError for a folder that holds no dialogue model, or one that cannot be said in GGUF here
     (families other than GPT-2 and Llama, tokenizers other than byte-level BPE).
     """
-    from gguf import GGMLQuantizationType, GGUFWriter, get_tensor_name_map
+    from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
     if not (folder / "config.json").is_file():
         raise UserError(f"no merged model in {folder}/: train one first with `python Fine_tuningmodel.py`")
-    config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    architecture, describe = _family(config)
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        find_roles(tokenizer)
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{folder} holds no dialogue model: {' '.join(str(error).split())[:200]}") from error
+    _check_family(config)
     beside = target.with_name(f".{target.name}.unfinished")
     writer = GGUFWriter(beside, config.model_type)
     writer.add_name(folder.resolve().name)
-    writer.add_file_type(1)  # mostly float16 (llama.cpp's LLAMA_FTYPE_MOSTLY_F16)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    describe(writer, config)
+    _describe(writer, config)
     try:
         _add_tokenizer(writer, folder, tokenizer, config.vocab_size)
-        names = get_tensor_name_map(architecture, config.num_hidden_layers)
+        names = get_tensor_name_map(MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
         for name, tensor in model.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -73,24 +71,27 @@ def write_gguf(folder: Path, target: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _family(config: PretrainedConfig) -> tuple[Any, Any]:
-    """(gguf's architecture, what writes its numbers). Raises UserError for what llama.cpp computes otherwise."""
-    from gguf import MODEL_ARCH
-
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if config.model_type == "gpt2" and config.activation_function == "gelu_new":
-        return MODEL_ARCH.GPT2, _describe_gpt2
-    if config.model_type == "llama" and rope == "default" and config.hidden_act == "silu":
-        return MODEL_ARCH.LLAMA, _describe_llama
-    raise UserError(f"a {config.model_type} model of this kind cannot be written here; {OTHERS}")
+def _check_family(config: PretrainedConfig) -> None:
+    """Raises UserError for what llama.cpp would compute otherwise."""
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    gpt2 = config.model_type == "gpt2" and config.activation_function == "gelu_new"
+    llama = config.model_type == "llama" and config.hidden_act == "silu" and rope == "default"
+    if not gpt2 and not llama:
+        raise UserError(f"a {config.model_type} model of this kind cannot be written here; {OTHERS}")
 
 
-def _describe_gpt2(writer: Any, config: PretrainedConfig) -> None:
-    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
-    writer.add_layer_norm_eps(config.layer_norm_epsilon)
-
-
-def _describe_llama(writer: Any, config: PretrainedConfig) -> None:
+def _describe(writer: Any, config: PretrainedConfig) -> None:
+    """The model's numbers."""
+    writer.add_file_type(1)  # mostly float16 (llama.cpp's LLAMA_FTYPE_MOSTLY_F16)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    if config.model_type == "gpt2":
+        writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+        writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        return
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -1,5 +1,6 @@
 """The Trainer, and its progress bar."""
 
+import functools
 import math
 import sys
 import time
@@ -124,7 +125,7 @@ def train(
         held_out,
         args=arguments,
         train_dataset=rows,
-        data_collator=lambda batch: collate(batch, held_out.pad),
+        data_collator=functools.partial(collate, pad=held_out.pad),  # can be sent to a worker, which a lambda cannot
         callbacks=[progress],
     )
     trainer.remove_callback(ProgressCallback)

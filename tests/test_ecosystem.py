@@ -192,6 +192,7 @@ def test_llama_cpp(family, request, tmp_path):
     [
         ({"activation_function": "relu", "hidden_act": "relu"}, "cannot be written here"),
         ({"model_type": "gpt_neox"}, "convert_hf_to_gguf.py"),
+        ({"model_type": "nobody-knows"}, "holds no dialogue model"),
         (None, "train one first"),
     ],
 )
