@@ -13,6 +13,9 @@ import sys
 import warnings
 from pathlib import Path
 
+from dialogue.errors import UserError, exit_code  # before the libraries: `dialogue` quietens what they say
+
+# isort: split
 import torch
 import transformers
 from peft import LoraConfig
@@ -20,8 +23,7 @@ from rich.console import Console
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dialogue import base_model as base_models
-from dialogue import checkpoint, command_line, corpus, lora, merge, packing, rehearsal, report, storage, training
-from dialogue.errors import UserError, exit_code
+from dialogue import checkpoint, command_line, corpus, hub, lora, merge, packing, rehearsal, report, storage, training
 from dialogue.evaluate import hold_out
 from dialogue.loss import chunked_head
 from dialogue.plaintext import plain
@@ -105,6 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = command_line.override(training_args, preset.get("training", {}) | training_flags)
     adapters, merged = Path(chosen["adapter_dir"]), Path(chosen["merged_dir"])
     console = Console()
+    if arguments.push_to_hub and not flags.plan:
+        hub.check_login(arguments.hub_token)
     transformers.set_seed(arguments.seed)
 
     # Dialogues -> rows of token ids
@@ -182,11 +186,14 @@ def main(argv: list[str] | None = None) -> None:
     rehearsal.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
 
     # Train
+    # In one line, to be copied
     console.print(f"Repeat this run with: {plain(command)}", highlight=False, markup=False, soft_wrap=True)
     with chunked_head(model):
         untuned = validation.score(model, arguments.eval_batch_size)
     patience = chosen["early_stopping_patience"]
-    trained = training.train(model, tokenizer, rows, validation, arguments, run, begun.checkpoint, patience)
+    # Trainer itself would upload every checkpoint.
+    local = command_line.override(arguments, {"push_to_hub": False})
+    trained = training.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience)
 
     # Save the adapters, with the report
     facts = {
@@ -226,6 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     certificate = merge.write_merged(model, dtype, chosen["base_model"], adapters, merged, tokenizer, sample, run)
     checkpoint.clear(checkpoint.home(arguments))
     report.show_result(console, metrics, certificate, adapters, merged)
+    if arguments.push_to_hub:
+        token, private = arguments.hub_token, arguments.hub_private_repo
+        for address in hub.push(adapters, merged, arguments.hub_model_id, private, token):
+            console.print(f"Uploaded: {address}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
-"""Whether the model hub answers at all."""
+"""The model hub: whether it answers at all, and what `--push_to_hub` sends there."""
 
+import json
 from functools import cache
+from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.utils import get_session
+
+from dialogue.errors import UserError
 
 
 @cache
@@ -19,3 +23,41 @@ def reachable() -> bool:
     except Exception:  # no route, no name, a refused or broken connection: which one makes no difference here
         return False
     return True
+
+
+def check_login(token: str | None) -> None:
+    """Raises UserError unless somebody is logged in: before a run, since after it hours would be too late."""
+    try:
+        huggingface_hub.HfApi(token=token).whoami()
+    except Exception as error:  # no token, a wrong one, no network: the client has an exception for each
+        raise UserError(f"--push_to_hub: {_line(error)}; log in with `hf auth login`, or leave it out") from error
+
+
+def push(adapters: Path, merged: Path, name: str | None, private: bool | None, token: str | None) -> list[str]:
+    """Upload whole folders; returns the addresses of the repositories, which are made where there are none.
+
+    The merged model goes to `name` (its folder's name, where None), the adapters beside it with "-lora" at the
+    end. Adapters of a base model in a folder stay: nobody else could load them. Raises UserError where the
+    hub refuses; both folders are kept.
+    """
+    api = huggingface_hub.HfApi(token=token)
+    name = name or merged.resolve().name
+    folders = {name: merged}
+    config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
+    if not Path(config["base_model_name_or_path"]).is_dir():
+        folders[f"{name}-lora"] = adapters
+    addresses = []
+    for repository, folder in folders.items():
+        try:
+            made = api.create_repo(repository, private=private, exist_ok=True)
+            api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Fine-tuned with LoRA")
+        except Exception as error:
+            raise UserError(
+                f"{folder} was not uploaded: {_line(error)}; it is kept: `hf upload {repository} {folder}` tries again"
+            ) from error
+        addresses.append(str(made))
+    return addresses
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -79,7 +79,9 @@ class Chat:
         self.chosen = chosen  # settings that a flag or /set gave
         colourless = bool(os.environ.get("NO_COLOR"))  # rich alone would still write bold and dim
         self.console = Console(highlight=False, color_system=None if colourless else "auto")
-        self.rich = self.console.is_terminal and not self.console.is_dumb_terminal and not colourless
+        # The old Windows console would show escape sequences as text.
+        simple = self.console.is_dumb_terminal or self.console.legacy_windows
+        self.rich = self.console.is_terminal and not simple and not colourless
 
     @property
     def conversation(self) -> "Conversation":

@@ -1,6 +1,7 @@
 """The Trainer, and its progress bar."""
 
 import dataclasses
+import functools
 import math
 import sys
 import time
@@ -183,7 +184,7 @@ def train(
             arguments, save_only_model=False, load_best_model_at_end=False, enable_jit_checkpoint=False
         ),
         train_dataset=rows,
-        data_collator=lambda batch: collate(batch, held_out.pad),
+        data_collator=functools.partial(collate, pad=held_out.pad),  # can be sent to a worker, which a lambda cannot
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)

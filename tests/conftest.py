@@ -27,7 +27,7 @@ def gpt2_tokenizer():
 
 
 def byte_tokenizer():
-    """A byte-level tokenizer of 257 tokens: a model with it is small and saved at once."""
+    """A byte-level tokenizer of 257 tokens, without merges: a model with it is small and saved at once."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "<|endoftext|>"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
