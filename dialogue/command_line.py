@@ -110,8 +110,16 @@ def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingAr
 
 
 def repeat_command(argv: list[str] | None) -> str:
-    """The exact command that repeats this run."""
-    return shlex.join(["python", "Fine_tuningmodel.py", *(sys.argv[1:] if argv is None else argv)])
+    """The exact command that repeats this run, without the token of `--hub_token`: others will read it."""
+    words = iter(sys.argv[1:] if argv is None else argv)
+    kept = []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in ("--hub_token", "--hub-token"):
+            kept.append(word)
+        elif not value:
+            next(words, None)
+    return shlex.join(["python", "Fine_tuningmodel.py", *kept])
 
 
 def _count_or_0(text: str) -> int:

@@ -19,7 +19,7 @@ class Hub:
     `faults` holds (method, path) -> list of "slow", "cut" or a status, one for each request until it is empty.
     """
 
-    def __init__(self, files, token="secret", gated=()):
+    def __init__(self, files, token="hf_not-a-real-token", gated=()):
         self.files, self.token, self.gated = files, token, gated
         self.faults, self.requests, self.lock = {}, [], threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Answer", (Answer,), {"hub": self}))

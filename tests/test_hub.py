@@ -113,11 +113,13 @@ def test_push_to_hub(online, tiny, tmp_path, capsys):
     talk = tmp_path / "talk.jsonl"
     talk.write_text("".join(json.dumps({"dialog": [f"Hi {n}", "Hello"]}) + "\n" for n in range(40)))
     flags = ["--dataset", str(talk), *QUICK, "--push_to_hub", "--hub_model_id", "chatty", "--save_steps", "1"]
+    flags += ["--hub_token", online.token]
     script.main([*flags, "--base_model", "tiny/gpt2", "--save_strategy", "steps"])
     assert f"Uploaded: {online.endpoint}/someone/chatty-lora" in capsys.readouterr().out.replace("\n", "")
     for repository, folder in (("someone/chatty", "gpt2-dialogue-full"), ("someone/chatty-lora", "gpt2-dialogue-lora")):
         written = {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*")}
         assert online.files[repository] == written
+        assert not any(online.token.encode() in content for content in written.values()), "the token was uploaded"
     assert b"Repeat with" in online.files["someone/chatty-lora"]["README.md"]
     commits = [path for method, path, _ in online.requests if method == "POST" and "/commit/" in path]
     assert len(commits) == 2, "a checkpoint was uploaded"
