@@ -171,7 +171,7 @@ def test_a_run_of_more_than_a_day_asks_first(random_gpt2, talk, tmp_path, monkey
         (["--learning_rat", "1"], "--learning_rate"),
         (["--learning_rate", "fast"], "invalid float"),
         (["--max_length", "0"], "not a positive number"),
-        (["--report_to", "wandb"], "not installed here"),
+        (["--report_to", "comet_ml"], "not installed here"),
         (["--lr_scheduler_type", "zigzag"], "zigzag"),
         (["--dataset", "./nowhere.jsonl"], "nowhere.jsonl"),
         (["--base_model", "./nowhere"], "--preset starter"),
