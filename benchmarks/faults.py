@@ -152,16 +152,16 @@ def kill_at_random(bench: Bench, kills: int, chance: random.Random) -> None:
     check_nothing_left(whole)
     print(f"a run takes {length:.1f} s, {ready:.1f} s of it before the first step", flush=True)
     moments: Counter[str] = Counter()
-    for number in range(kills):
-        folder = bench.home / f"killed-{number}"
+    while moments.total() < kills:
+        folder = bench.home / f"killed-{moments.total()}"
         child = bench.start(folder)
         time.sleep(chance.uniform(ready, length))
         os.kill(child, signal.SIGKILL)
-        ended = exit_code_of(child) == 0
-        moments["too late: it had ended" if ended else moment(folder)] += 1
-        check_whole(folder)
-        if list(folder.glob("checkpoints/*")) or not (folder / "full").exists():
-            assert bench.run(folder) == 0, log(folder)
+        if exit_code_of(child) == -signal.SIGKILL:  # else it had ended before
+            moments[moment(folder)] += 1
+            check_whole(folder)
+            if list(folder.glob("checkpoints/*")) or not (folder / "full").exists():
+                assert bench.run(folder) == 0, log(folder)
         assert results(folder) == expected, f"{folder}: another result"
         check_nothing_left(folder)
         shutil.rmtree(folder)

@@ -38,7 +38,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         beside.rename(target)
         _sync(target.parent)
     except Exception as error:
-        if (reason := _write_error(error)) is None:
+        if (reason := _write_error(error, target.parent)) is None:
             raise
         raise UserError(f"{target} could not be written: {reason}; what was there before is as it was") from error
     finally:
@@ -70,15 +70,17 @@ def recover(target: Path) -> None:
         raise UserError(f"{target} could not be restored from {old}: {error.strerror or error}") from error
 
 
-def _write_error(error: Exception) -> str | None:
-    """Why something could not be written, where that is what happened; torch and safetensors have it in their text."""
+def _write_error(error: Exception, folder: Path) -> str | None:
+    """Why something could not be written, where that is what happened. safetensors has it in its text; torch's
+    writer notices that it failed, and not why."""
     if isinstance(error, OSError):
         return str(error.strerror or error)
     text = str(error)
     if "os error 28" in text or "No space left" in text:
         return "No space left on device"
     if any(sign in text for sign in ("I/O error", "PytorchStreamWriter failed", "unexpected pos ")):
-        return " ".join(text.split())[:160]
+        full = shutil.disk_usage(folder).free < 1_000_000
+        return "No space left on device" if full else " ".join(text.split())[:160]
     return None
 
 
