@@ -26,7 +26,7 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from dialogue import merge, report, storage
 from dialogue.errors import Signals, Stopped, UserError
-from dialogue.evaluate import Score
+from dialogue.scores import Score
 from dialogue.packing import Row
 from dialogue.plaintext import plain
 
