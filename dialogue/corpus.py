@@ -34,6 +34,7 @@ SOURCES = [
 ]
 SHARED_WORDS = 10  # of a message and its reply: shorter pairs ("How are you?" "Fine.") are anybody's
 EPISODE = 8  # turns of a chitchat dialogue: four messages and their replies
+EPISODE_WORDS = 20  # of a turn, at most: whoever learns from longer ones rambles, and then repeats himself
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
 
 
@@ -230,7 +231,7 @@ def _chitchat() -> Corpus:
     """
     conversations = json.loads(packages.fetch(packages.CHITCHAT).read_text(encoding="utf-8"))
     episodes: dict[str, list[tuple[int, list[str]]]] = {name: [] for name in SPLITS}
-    short = disliked = 0
+    short = disliked = wordy = 0
     for identifier in sorted(conversations, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
         turns = _chat_turns(conversations[identifier]["messages"])
         ratings = (conversations[identifier].get("ratings") or {}).values()
@@ -239,13 +240,16 @@ def _chitchat() -> Corpus:
         elif ratings and sum(map(int, ratings)) < 5 * len(ratings):
             disliked += 1
         else:
-            starts = range(0, len(turns) - 1, EPISODE)
-            episodes[split_of(identifier)] += [(start, turns[start : start + EPISODE]) for start in starts]
+            cut = [(start, turns[start : start + EPISODE]) for start in range(0, len(turns) - 1, EPISODE)]
+            brief = [(start, part) for start, part in cut if max(len(turn.split()) for turn in part) <= EPISODE_WORDS]
+            wordy += len(cut) - len(brief)
+            episodes[split_of(identifier)] += brief
     found = {name: [turns for _, turns in sorted(found, key=lambda e: e[0])] for name, found in episodes.items()}
     notes = [
         f"{short:,} conversations of fewer than four turns left out",
         f"{disliked:,} that their own speakers rated below 5 of 10 left out",
         f"the others cut into episodes of {EPISODE} turns",
+        f"{wordy:,} episodes with a turn of more than {EPISODE_WORDS} words left out",
     ]
     return Corpus(**found, source="chitchat-dataset 0.9.0", licence="MIT", notes=notes)
 

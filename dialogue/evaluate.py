@@ -9,6 +9,7 @@ What each figure means stands in docs/evaluation.md.
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -190,7 +191,7 @@ def show(console: Console, results: Results, title: str) -> None:
     """A table with a column for each model and one for people's replies."""
     table = Table(title=title, title_justify="left", box=None, padding=(0, 1))
     for heading in ("", *results):
-        table.add_column(heading, no_wrap=bool(heading))
+        table.add_column(heading, min_width=0 if heading else 18)
     for on, figures in results["tuned"].items():
         table.add_row(f"[bold]{on}[/]")
         for name in figures:
@@ -200,10 +201,11 @@ def show(console: Console, results: Results, title: str) -> None:
 
 
 def _cell(name: str, estimate: Estimate) -> str:
-    share = name.startswith("share")
-    digits = 1 if share or abs(estimate.value) >= 10 else 2
-    value, low, high = (f"{100 * figure if share else figure:,.{digits}f}" for figure in estimate)
-    return f"{value}{' %' if share else ''} [dim]({low}-{high})[/]"
+    if name.startswith("share"):
+        return f"{estimate.value:.1%} [dim]({estimate.low:.0%}-{estimate.high:.0%})[/]"
+    digits = 1 if abs(estimate.value) >= 10 else 2
+    value, low, high = (f"{figure:,.{digits}f}" for figure in estimate)
+    return f"{value} [dim]({low}-{high})[/]"
 
 
 def _run_settings(model: Path) -> dict[str, Any]:
@@ -242,5 +244,6 @@ def _loaders(name: str, base: str | None, tokenizer: PreTrainedTokenizerBase) ->
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     torch.set_grad_enabled(False)
     sys.exit(exit_code(main, debug="--debug" in sys.argv))

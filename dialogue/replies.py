@@ -65,7 +65,7 @@ def answer(
     sampling: Sampling = CHAT,
     max_t: int = 60,
     seed: int = 0,
-    batch_size: int = 32,
+    batch_size: int = 64,
 ) -> list[Reply]:
     """A reply to each of `contexts` (turns, USER's last), of at most `max_t` tokens, drawn by the chat's own sampler.
 

@@ -105,7 +105,7 @@ def write_card(
     `talks` are the fixed conversations, "before" and "after" training.
     """
     facts = run["facts"]
-    figures = _table(
+    figures = markdown_table(
         ["", "base model, untuned, same format", "tuned"],
         [
             [label, f"{metrics[f'base_eval_{key}']:.3f}", f"{metrics[f'eval_{key}']:.3f}"]
@@ -126,7 +126,7 @@ def write_card(
 
 # A dialogue model: {facts["base model"]}, fine-tuned with LoRA
 
-{_table(["", ""], facts.items())}
+{markdown_table(["", ""], facts.items())}
 
 ## How good it is
 
@@ -178,7 +178,7 @@ def _conversations(talks: dict[str, Dialogues]) -> str:
         for pair in zip(*talks.values(), strict=True)
         for place, turn in enumerate(pair[0])
     ]
-    return f"## Eight conversations\n\nThe model's own replies.\n\n{_table(['', *talks], rows)}\n\n"
+    return f"## Eight conversations\n\nThe model's own replies.\n\n{markdown_table(['', *talks], rows)}\n\n"
 
 
 def _sampler(fitted: Fitted) -> str:
@@ -190,12 +190,12 @@ def _sampler(fitted: Fitted) -> str:
 `generation_config.json` has the settings whose replies to validation contexts were most like people's: {settings}
 (`main.py --sampler fitted`).
 
-{_table(["replies", *fitted.figures], rows)}
+{markdown_table(["replies", *fitted.figures], rows)}
 
 """
 
 
-def _table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
+def markdown_table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
