@@ -24,8 +24,19 @@ from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dialogue import base_model as base_models
 from dialogue import (
-    checkpoint, command_line, corpus, hub, lora, merge, packing, rehearsal, replies, report, storage, training,
-)  # fmt: skip
+    checkpoint,
+    command_line,
+    corpus,
+    hub,
+    lora,
+    merge,
+    packing,
+    rehearsal,
+    replies,
+    report,
+    storage,
+    training,
+)
 from dialogue.loss import chunked_head
 from dialogue.plaintext import plain
 from dialogue.prompt import add_roles

@@ -93,16 +93,10 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_card(
-    folder: Path,
-    run: dict[str, Any],
-    metrics: dict[str, Any],
-    talks: dict[str, Dialogues] | None = None,
-    fitted: Fitted | None = None,
-) -> None:
+def write_card(folder: Path, run: dict[str, Any], metrics: dict[str, Any], fitted: Fitted | None = None) -> None:
     """The model card (`README.md`) of the adapters or of the merged model; a model hub reads its front matter.
 
-    `talks` are the fixed conversations, "before" and "after" training.
+    `run` is what its run.json holds.
     """
     facts = run["facts"]
     figures = markdown_table(
@@ -134,7 +128,7 @@ On the replies of the validation split (every reply token and its `<END>` count,
 
 {figures}
 
-{curves}{_conversations(talks) if talks else ""}{_sampler(fitted) if fitted else ""}## How it reads
+{curves}{_conversations(run["conversations"])}{_sampler(fitted) if fitted else ""}## How it reads
 
 `<USER>` message `<END>` `<BOT>` reply `<END>` ..., without spaces around the tokens; `<END>` is the EOS token, and the
 chat template writes just this.

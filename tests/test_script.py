@@ -113,7 +113,8 @@ def test_both_cards_are_ones_that_a_hub_reads_and_show_the_model_talking(run):
         assert card.data.license == "other"  # nobody said what the data's is
         for messages in CONVERSATIONS:
             assert all(f"| {message} |" in card.text for message in messages)
-        assert "| before | after |" in card.text and "| people | defaults | fitted |" in card.text
+        assert "| before | after |" in card.text
+    assert "| people | defaults | fitted |" in card.text
     assert "curves.png" in ModelCard.load(run[0] / "README.md").text
     sampler = GenerationConfig.from_pretrained(run[1])
     assert (sampler.temperature, sampler.top_k, sampler.top_p, sampler.repetition_penalty) == (0.8, 40, 0.9, 1.0)
@@ -122,7 +123,7 @@ def test_both_cards_are_ones_that_a_hub_reads_and_show_the_model_talking(run):
 
 def test_the_front_matter_names_base_data_and_the_stricter_licence(tmp_path):
     facts = {"base model": "gpt2-xl", "licence of the data": DAILYDIALOG_LICENCE, "licence of the base model": "MIT"}
-    run = {"facts": facts, "settings": {}, "command": "python Fine_tuningmodel.py"}
+    run = {"facts": facts, "settings": {}, "conversations": {}, "command": "python Fine_tuningmodel.py"}
     names = ("nats_per_token", "perplexity", "word_perplexity", "bits_per_character")
     metrics = {f"{who}eval_{name}": 1.0 for name in names for who in ("", "base_")}
     write_card(tmp_path, run, metrics)
