@@ -36,6 +36,7 @@ LORA_TARGETS = {
 CONV1D_FAMILIES = {"gpt2"}
 
 STARTER = "SmolLM2-135M-Instruct"  # the one base model that comes from the Python package index
+STARTER_ON_HUB = f"HuggingFaceTB/{STARTER}"
 
 
 def pick_device() -> torch.device:

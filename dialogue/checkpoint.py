@@ -26,9 +26,9 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from dialogue import merge, report, storage
 from dialogue.errors import Signals, Stopped, UserError
-from dialogue.evaluate import Score
 from dialogue.packing import Row
 from dialogue.plaintext import plain
+from dialogue.scores import Score
 
 STATE, BEST = "evaluations.json", "best_adapter.safetensors"  # ours, beside Trainer's files
 

@@ -6,6 +6,7 @@ and "chitchat", and else reads what lies at a path.
 
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
@@ -31,7 +32,9 @@ SOURCES = [
     ("OpenRL/daily_dialog", "refs/convert/parquet", "default/{split}/0000.parquet"),
     ("roskoN/dailydialog", "main", "{split}.zip"),
 ]
+SHARED_WORDS = 10  # of a message and its reply: shorter pairs ("How are you?" "Fine.") are anybody's
 EPISODE = 8  # turns of a chitchat dialogue: four messages and their replies
+EPISODE_WORDS = 20  # of a turn, at most: whoever learns from longer ones rambles, and then repeats himself
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "dev", "val"), "test": ("test",)}
 
 
@@ -60,6 +63,46 @@ def load_corpus(dataset: str) -> Corpus:
     if dataset and (os.path.exists(dataset) or {os.sep, "/"} & set(dataset) or "." in dataset or dataset[0] == "~"):
         return _from_path(Path(os.path.expanduser(dataset)))
     raise UserError(f"there is no dataset {dataset!r}: choose dailydialog, chitchat, or the path of a file or folder")
+
+
+def fold(text: str) -> str:
+    """Words without case and punctuation: "Hi, I 'm Bob." -> "hi i m bob"."""
+    return " ".join(re.findall(r"[^\W_]+", text.casefold()))
+
+
+def _whole(turns: list[str]) -> str:
+    return fold(" ".join(turns)) or "\n".join(turns)  # emoticons alone: as they are
+
+
+def _passages(turns: list[str]) -> set[str]:
+    """What marks a dialogue: the whole of it, and each message and reply of `SHARED_WORDS` together; folded."""
+    folded = [fold(turn) for turn in turns]
+    pairs = (f"{message}\n{reply}" for message, reply in itertools.pairwise(folded))
+    return {_whole(turns), *(pair for pair in pairs if len(pair.split()) >= SHARED_WORDS)}
+
+
+def without_overlap(dialogues: Dialogues, other: Dialogues) -> Dialogues:
+    """Those of `dialogues` that share no passage with `other`."""
+    known = {passage for turns in other for passage in _passages(turns)}
+    return [turns for turns in dialogues if known.isdisjoint(_passages(turns))]
+
+
+def without_leaks(corpus: Corpus) -> Corpus:
+    """`corpus` with a training split of which nothing stands in validation or test, and nothing twice.
+
+    Of DailyDialog's 11,118 training dialogues, 597 overlap and 810 of the others are duplicates. Raises UserError
+    where no training dialogue is left.
+    """
+    apart = without_overlap(corpus.train, corpus.validation + corpus.test)
+    first: dict[str, list[str]] = {}
+    for turns in apart:
+        first.setdefault(_whole(turns), turns)
+    train = list(first.values())
+    if not train:
+        raise UserError(f"every training dialogue of {corpus.source} stands in its validation or test split as well")
+    skipped = Counter({"that overlap validation or test left out": len(corpus.train) - len(apart)})
+    skipped["duplicates left out"] = len(apart) - len(train)
+    return corpus._replace(train=train, notes=[*corpus.notes, *_notes(skipped)])
 
 
 def split_of(text: str) -> str:
@@ -188,7 +231,7 @@ def _chitchat() -> Corpus:
     """
     conversations = json.loads(packages.fetch(packages.CHITCHAT).read_text(encoding="utf-8"))
     episodes: dict[str, list[tuple[int, list[str]]]] = {name: [] for name in SPLITS}
-    short = disliked = 0
+    short = disliked = wordy = 0
     for identifier in sorted(conversations, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
         turns = _chat_turns(conversations[identifier]["messages"])
         ratings = (conversations[identifier].get("ratings") or {}).values()
@@ -197,13 +240,16 @@ def _chitchat() -> Corpus:
         elif ratings and sum(map(int, ratings)) < 5 * len(ratings):
             disliked += 1
         else:
-            starts = range(0, len(turns) - 1, EPISODE)
-            episodes[split_of(identifier)] += [(start, turns[start : start + EPISODE]) for start in starts]
+            cut = [(start, turns[start : start + EPISODE]) for start in range(0, len(turns) - 1, EPISODE)]
+            brief = [(start, part) for start, part in cut if max(len(turn.split()) for turn in part) <= EPISODE_WORDS]
+            wordy += len(cut) - len(brief)
+            episodes[split_of(identifier)] += brief
     found = {name: [turns for _, turns in sorted(found, key=lambda e: e[0])] for name, found in episodes.items()}
     notes = [
         f"{short:,} conversations of fewer than four turns left out",
         f"{disliked:,} that their own speakers rated below 5 of 10 left out",
         f"the others cut into episodes of {EPISODE} turns",
+        f"{wordy:,} episodes with a turn of more than {EPISODE_WORDS} words left out",
     ]
     return Corpus(**found, source="chitchat-dataset 0.9.0", licence="MIT", notes=notes)
 

@@ -8,11 +8,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dialogue import storage
+from dialogue import report, storage
 from dialogue.base_model import free, load_base
+from dialogue.corpus import Dialogues
 from dialogue.errors import UserError
+from dialogue.fitting import fit
 from dialogue.packing import IGNORED, Row, collate
 from dialogue.prompt import find_roles
+from dialogue.sampling import Sampling
 
 # A merge in 16 bits rounds each weight once (2^-11 in float16), which moves perplexity by some 0.01 %;
 # an int8 base differs from the 16-bit one by its own rounding as well, by up to about 1 %
@@ -33,14 +36,7 @@ def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, fo
     merged.config.eos_token_id, merged.config.pad_token_id = roles.end, tokenizer.pad_token_id
     merged.config.bos_token_id = None  # a conversation opens with <USER>, and nothing comes before it
     merged.config.use_cache = True
-    merged.generation_config = GenerationConfig(
-        eos_token_id=roles.end,
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=True,
-        temperature=0.8,
-        top_k=40,
-        top_p=0.9,
-    )
+    merged.generation_config = GenerationConfig(eos_token_id=roles.end, pad_token_id=tokenizer.pad_token_id)
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del model, merged
@@ -49,25 +45,40 @@ def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, fo
 
 def write_merged(
     trained: PeftModel, dtype: torch.dtype, base_model: str, adapters: Path, merged: Path,
-    tokenizer: PreTrainedTokenizerBase, rows: list[Row], run: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase, rows: list[Row], run: dict[str, Any], metrics: dict[str, Any],
+    validation: Dialogues,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the folder `merged`, compare it with `trained` on `rows`, and return the certificate.
 
-    `dtype` is what is computed in. Raises UserError, and leaves nothing, where they differ or the disk is full.
+    `dtype` is what is computed in. The sampler's settings are fitted on `validation`.
+    Raises UserError, and leaves nothing, where they differ or the disk is full.
     """
     storage.check_space({merged: merged_bytes(trained)})
     with storage.whole_folder(merged) as folder:
         merge(base_model, adapters, tokenizer, folder)
         reloaded = load_merged(folder, dtype, trained.device)
         certificate = certify(trained, reloaded, rows, tokenizer.pad_token_id, run["decided"]["load_in_8bit"])
+        fitted = fit(reloaded, tokenizer, validation, run["settings"]["seed"])
+        write_sampler(folder, fitted.sampling, fitted.max_t)
         storage.write_json(folder / "certificate.json", certificate)
         storage.write_json(folder / storage.RUN_FILE, run)
+        report.write_card(folder, run, metrics, fitted)
     return certificate
 
 
 def merged_bytes(model: PreTrainedModel | PeftModel) -> int:
     """Disk for `model` merged: two bytes a parameter, and its tokenizer."""
     return int(2.05 * model.num_parameters()) + 20_000_000
+
+
+def write_sampler(folder: Path, sampling: Sampling, max_t: int) -> None:
+    """Put the settings into the merged model's `generation_config.json`, which other engines go by."""
+    config = GenerationConfig.from_pretrained(folder)
+    config.update(
+        do_sample=sampling.temp > 0, temperature=sampling.temp, top_k=sampling.top_k, top_p=sampling.top_p,
+        repetition_penalty=sampling.repetition_penalty, max_new_tokens=max_t,
+    )  # fmt: skip
+    config.save_pretrained(folder)
 
 
 def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

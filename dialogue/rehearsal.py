@@ -10,10 +10,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue.errors import UserError
-from dialogue.evaluate import HeldOut
 from dialogue.loss import chunked_head
 from dialogue.packing import IGNORED, Row, collate
 from dialogue.prompt import find_roles
+from dialogue.scores import HeldOut
 
 
 class Rehearsal(NamedTuple):

@@ -2,20 +2,25 @@
 
 import platform
 import shlex
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCardData
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from dialogue.base_model import STARTER, STARTER_ON_HUB
+from dialogue.corpus import DAILYDIALOG_LICENCE, Dialogues
+from dialogue.fitting import Fitted
 from dialogue.packing import IGNORED, Row
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
-from dialogue.storage import write_json
+from dialogue.storage import RUN_FILE, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -88,38 +93,42 @@ def draw_curves(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def write_card(
-    folder: Path, facts: dict[str, Any], metrics: dict[str, Any], settings: dict[str, Any], command: str
-) -> None:
-    """The model card of the adapter or the merged model (`README.md`)."""
-    rows = "\n".join(
-        f"| {label} | {metrics[f'base_eval_{key}']:.3f} | {metrics[f'eval_{key}']:.3f} |"
-        for label, key in (
-            ("nats per token", "nats_per_token"),
-            ("perplexity per token", "perplexity"),
-            ("perplexity per word", "word_perplexity"),
-        )
-    )
-    lines = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    listed = "\n".join(f"- {name}: `{value}`" for name, value in settings.items())
-    folder.joinpath("README.md").write_text(
-        f"""# A dialogue model: {facts["base model"]}, fine-tuned with LoRA
+def write_card(folder: Path, run: dict[str, Any], metrics: dict[str, Any], fitted: Fitted | None = None) -> None:
+    """The model card (`README.md`) of the adapters or of the merged model; a model hub reads its front matter.
 
-| | |
-|---|---|
-{lines}
+    `run` is what its run.json holds.
+    """
+    facts = run["facts"]
+    figures = markdown_table(
+        ["", "base model, untuned, same format", "tuned"],
+        [
+            [label, f"{metrics[f'base_eval_{key}']:.3f}", f"{metrics[f'eval_{key}']:.3f}"]
+            for label, key in (
+                ("nats per token", "nats_per_token"),
+                ("perplexity per token", "perplexity"),
+                ("perplexity per word", "word_perplexity"),
+                ("bits per character", "bits_per_character"),
+            )
+        ],
+    )
+    curves = "![Curves](curves.png)\n\n" if (folder / "curves.png").is_file() else ""
+    listed = "\n".join(f"- {name}: `{value}`" for name, value in run["settings"].items())
+    folder.joinpath("README.md").write_text(
+        f"""---
+{_front_matter(folder, facts)}
+---
+
+# A dialogue model: {facts["base model"]}, fine-tuned with LoRA
+
+{markdown_table(["", ""], facts.items())}
 
 ## How good it is
 
 On the replies of the validation split (every reply token and its `<END>` count, nothing else):
 
-| | base model, untuned, same format | tuned |
-|---|---|---|
-{rows}
+{figures}
 
-![Curves](curves.png)
-
-## How it reads
+{curves}{_conversations(run["conversations"])}{_sampler(fitted) if fitted else ""}## How it reads
 
 `<USER>` message `<END>` `<BOT>` reply `<END>` ..., without spaces around the tokens; `<END>` is the EOS token, and the
 chat template writes just this.
@@ -128,20 +137,71 @@ chat template writes just this.
 
 {listed}
 
-Repeat with: `{command}`
+Repeat with: `{run["command"]}`
 """,
         encoding="utf-8",
     )
 
 
-def write_report(
-    folder: Path, metrics: dict[str, Any], facts: dict[str, Any], settings: dict[str, Any],
-    history: list[dict[str, float]], command: str,
-) -> None:  # fmt: skip
-    """`metrics.json`, `curves.png` and the model card, beside the adapters."""
+def _front_matter(folder: Path, facts: dict[str, Any]) -> str:
+    """What the hub wants to know of a model, as YAML (huggingface.co/docs/hub/model-cards)."""
+    base, data = facts["base model"], facts["licence of the data"]
+    licences = {data, facts["licence of the base model"]}
+    if "NC" in data:
+        licence = "cc-by-nc-sa-4.0"
+    elif licences <= {"MIT", "Apache-2.0"}:
+        licence = "apache-2.0" if "Apache-2.0" in licences else "mit"
+    else:
+        licence = "other"
+    adapters = (folder / "adapter_config.json").is_file()
+    return ModelCardData(
+        base_model=None if Path(base).is_dir() else STARTER_ON_HUB if base == STARTER else base,
+        datasets=["li2017dailydialog/daily_dialog"] if data == DAILYDIALOG_LICENCE else None,
+        license=licence,
+        language="en",
+        library_name="peft" if adapters else "transformers",
+        pipeline_tag="text-generation",
+        tags=["dialogue", "conversational", "lora"],
+    ).to_yaml()
+
+
+def _conversations(talks: dict[str, Dialogues]) -> str:
+    """The same messages of a user, answered before and after training."""
+    rows = [
+        ["", *(turns[place] for turns in pair)] if place % 2 else [turn, *("" for _ in pair)]
+        for pair in zip(*talks.values(), strict=True)
+        for place, turn in enumerate(pair[0])
+    ]
+    return f"## Eight conversations\n\nThe model's own replies.\n\n{markdown_table(['', *talks], rows)}\n\n"
+
+
+def _sampler(fitted: Fitted) -> str:
+    names = list(fitted.figures["people"])
+    rows = [[name.replace("_", " "), *(f"{of[name]:.3f}" for of in fitted.figures.values())] for name in names]
+    settings = ", ".join(f"{name} {value}" for name, value in vars(fitted.sampling).items() if name != "min_p")
+    return f"""## Sampler
+
+`generation_config.json` has the settings whose replies to validation contexts were most like people's: {settings}
+(`main.py --sampler fitted`).
+
+{markdown_table(["replies", *fitted.figures], rows)}
+
+"""
+
+
+def markdown_table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[" ".join(str(cell).split()).replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def write_report(folder: Path, run: dict[str, Any], metrics: dict[str, Any], history: list[dict[str, float]]) -> None:
+    """`metrics.json`, `curves.png`, `run.json` and the model card, beside the adapters."""
     write_json(folder / "metrics.json", metrics)
+    write_json(folder / RUN_FILE, run)
     draw_curves(history, folder / "curves.png")
-    write_card(folder, facts, metrics, settings, command)
+    write_card(folder, run, metrics)
 
 
 def show_result(

@@ -19,13 +19,13 @@ from dialogue.base_model import context_length
 from dialogue.checkpoint import ResumableTrainer
 from dialogue.conversation import Conversation
 from dialogue.errors import Stopped
-from dialogue.evaluate import HeldOut, Score
 from dialogue.generation import Model, TransformersEngine
 from dialogue.lora import save_adapter
 from dialogue.loss import chunked_head
 from dialogue.packing import Row, collate
 from dialogue.plaintext import plain
 from dialogue.sampling import Sampling
+from dialogue.scores import HeldOut, Score
 
 OPENERS = ("Hello, how are you?", "What do you like to eat?")  # answered at every evaluation
 SAMPLE_TOKENS = 24

@@ -15,7 +15,7 @@ from conftest import byte_tokenizer, save_random_gpt2
 import Fine_tuningmodel as script
 from dialogue import checkpoint, merge, storage, training
 from dialogue.errors import UserError, exit_code
-from dialogue.evaluate import HeldOut
+from dialogue.scores import HeldOut
 
 STEPS = 11  # of 4 an epoch
 

@@ -7,13 +7,17 @@ import warnings
 import pytest
 import torch
 from conftest import DAILYDIALOG, needs_dailydialog
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
 import Fine_tuningmodel as script
-from dialogue.base_model import load_base
+from dialogue.base_model import STARTER, load_base
+from dialogue.corpus import DAILYDIALOG_LICENCE
 from dialogue.errors import UserError, exit_code
+from dialogue.replies import CONVERSATIONS
+from dialogue.report import write_card
 
 TALK = [
     ["Hello, how are you?", "I'm fine, thank you.", "Good to hear.", "And you?"],
@@ -98,6 +102,37 @@ def test_certificate_and_repeat_command_lie_beside_the_model(run):
     card = (adapters / "README.md").read_text()
     assert command in card and "perplexity per word" in card
     assert (adapters / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_both_cards_are_ones_that_a_hub_reads_and_show_the_model_talking(run):
+    for folder, library in zip(run[:2], ("peft", "transformers"), strict=True):
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == library
+        assert card.data.base_model is None, "a local folder is no model of the hub"
+        assert {"dialogue", "lora"} <= set(card.data.tags)
+        assert card.data.license == "other"  # nobody said what the data's is
+        for messages in CONVERSATIONS:
+            assert all(f"| {message} |" in card.text for message in messages)
+        assert "| before | after |" in card.text
+    assert "| people | defaults | fitted |" in card.text
+    assert "curves.png" in ModelCard.load(run[0] / "README.md").text
+    sampler = GenerationConfig.from_pretrained(run[1])
+    assert (sampler.temperature, sampler.top_k, sampler.top_p, sampler.repetition_penalty) == (0.8, 40, 0.9, 1.0)
+    assert sampler.max_new_tokens == 50
+
+
+def test_the_front_matter_names_base_data_and_the_stricter_licence(tmp_path):
+    facts = {"base model": "gpt2-xl", "licence of the data": DAILYDIALOG_LICENCE, "licence of the base model": "MIT"}
+    run = {"facts": facts, "settings": {}, "conversations": {}, "command": "python Fine_tuningmodel.py"}
+    names = ("nats_per_token", "perplexity", "word_perplexity", "bits_per_character")
+    metrics = {f"{who}eval_{name}": 1.0 for name in names for who in ("", "base_")}
+    write_card(tmp_path, run, metrics)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.license) == ("gpt2-xl", "cc-by-nc-sa-4.0")
+    assert data.datasets == ["li2017dailydialog/daily_dialog"]
+    write_card(tmp_path, {**run, "facts": facts | {"base model": STARTER, "licence of the data": "MIT"}}, metrics)
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert (data.base_model, data.license, data.datasets) == (f"HuggingFaceTB/{STARTER}", "mit", None)
 
 
 def test_another_run_is_not_overwritten_unless_told(run, capsys):

@@ -1,0 +1,124 @@
+"""How likely are human replies? Nats, perplexities, bits, and intervals around any figure."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from dialogue.packing import IGNORED, Row, collate, pack, to_row
+from dialogue.prompt import decode_text, find_roles
+
+
+class Score(NamedTuple):
+    """Likelihood of replies. Every reply token counts, its <END> included; the other speaker's turns and the
+    role tokens do not."""
+
+    nats: float
+    tokens: int
+    words: int  # separated by white space, so that models with other tokenizers compare
+    characters: int
+
+    @property
+    def nats_per_token(self) -> float:
+        return self.nats / self.tokens
+
+    def figures(self) -> dict[str, float]:
+        """The score as named numbers; perplexity is exp(nats / n), per token and per word."""
+        return {
+            "nats_per_token": self.nats_per_token,
+            "perplexity": math.exp(min(self.nats_per_token, 700)),
+            "word_perplexity": math.exp(min(self.nats / self.words, 700)),
+            "bits_per_character": self.nats / math.log(2) / self.characters,
+        }
+
+
+class HeldOut(NamedTuple):
+    """Dialogues kept apart: packed rows whose labels are the replies, and how much text those are."""
+
+    rows: list[Row]
+    words: int
+    characters: int
+    pad: int
+
+    @torch.no_grad()
+    def score(self, model: nn.Module, batch_size: int) -> Score:
+        """The likelihood of the replies under `model`, whose `.loss` is the mean over a batch's labels."""
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        nats, tokens = 0.0, 0
+        for start in range(0, len(self.rows), batch_size):
+            batch = collate(self.rows[start : start + batch_size], self.pad)
+            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+            loss = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False).loss
+            nats += loss.item() * labelled
+            tokens += labelled
+        model.train(was_training)
+        return Score(nats, tokens, self.words, self.characters)
+
+
+def hold_out(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> HeldOut:
+    """Encoded dialogues -> rows to be scored on the bot's turns."""
+    words, characters = np.sum([text_size(turns, tokenizer) for turns in pieces], axis=0).tolist()
+    return HeldOut(pack(pieces, tokenizer, max_length, "bot"), words, characters, tokenizer.pad_token_id)
+
+
+def text_size(turns: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """Words and characters of an encoded dialogue's replies."""
+    replies = [decode_text(tokenizer, turn[1:-1]) for turn in turns[1::2]]
+    return sum(len(reply.split()) for reply in replies), sum(map(len, replies))
+
+
+@torch.no_grad()
+def score_each(
+    model: nn.Module, pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 2048
+) -> np.ndarray:
+    """(dialogues, 4) float64: the four fields of `Score` for each encoded dialogue, in their order."""
+    bot, device = find_roles(tokenizer).bot, next(model.parameters()).device
+    rows = [to_row(turns, "bot", bot) for turns in pieces]
+    scores = np.array([[0.0, 0, *text_size(turns, tokenizer)] for turns in pieces])
+    waiting = sorted(range(len(rows)), key=lambda index: len(rows[index]["labels"]))
+    while waiting:
+        size = max(1, batch_tokens // len(rows[waiting[-1]]["labels"]))
+        waiting, part = waiting[:-size], waiting[-size:]
+        batch = {name: values.to(device) for name, values in collate([rows[i] for i in part], 0).items()}
+        labels = batch.pop("labels")[:, 1:]
+        at = labels != IGNORED
+        logits = model(**batch, use_cache=False).logits[:, :-1][at]
+        nats = torch.zeros(at.shape, device=device)
+        nats[at] = torch.nn.functional.cross_entropy(logits.float(), labels[at], reduction="none")
+        scores[part, 0], scores[part, 1] = nats.double().sum(1).tolist(), at.sum(1).tolist()
+    return scores
+
+
+class Estimate(NamedTuple):
+    """A figure with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    count: int, figures: Callable[[np.ndarray], dict[str, float]], seed: int, resamples: int = 1000
+) -> dict[str, Estimate]:
+    """Figures of `count` items with 95 % intervals over resamples of the items (Efron and Tibshirani 1993, "An
+    Introduction to the Bootstrap", chapter 13).
+
+    `figures` takes the indices of a resample. A resample has items twice, which lowers distinct-n in every one of
+    them, so those percentiles are moved until their mean is the figure itself.
+    """
+    generator = np.random.default_rng(seed)
+    values = figures(np.arange(count))
+    drawn = [figures(generator.integers(count, size=count)) for _ in range(resamples)]
+    estimates = {}
+    for name, value in values.items():
+        sample = np.array([one[name] for one in drawn])
+        shift = value - sample.mean() if name.startswith("distinct") else 0
+        low, high = (np.quantile(sample, [0.025, 0.975]) + shift).tolist()
+        estimates[name] = Estimate(value, low, high)
+    return estimates

@@ -1,0 +1,326 @@
+"""Every figure against one made by hand or by another's code; the command as a person runs it."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import DAILYDIALOG, gpt2_tokenizer, needs_dailydialog
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from dialogue import evaluate, fitting, merge, packing, replies
+from dialogue.base_model import load_base
+from dialogue.corpus import Corpus, fold, load_corpus, without_leaks, without_overlap
+from dialogue.errors import UserError, exit_code
+from dialogue.prompt import add_roles
+from dialogue.replies import OPENERS, Reply, answer, check_openers, converse, find_contexts, measure
+from dialogue.sampling import Sampling
+from dialogue.scores import Score, bootstrap, hold_out, score_each
+
+TALK = [
+    ["Hello there!", "Hi. How are you?", "Fine.", "Good to hear that."],
+    ["What time is it?", "It's noon."],
+    ["Are you hungry?", "Yes, very. Let's eat something.", "Pizza?", "I love it!"],
+]
+
+
+@pytest.fixture(scope="module")
+def base(random_gpt2):
+    """A small random GPT-2 with role tokens, and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(random_gpt2)
+    add_roles(tokenizer)
+    return load_base(str(random_gpt2), torch.float32, torch.device("cpu"), tokenizer).eval(), tokenizer
+
+
+@pytest.fixture(scope="module")
+def tuned(base, random_gpt2, tmp_path_factory):
+    """Folder of a "tuned" model: the base with its <END> row moved, as a run leaves it."""
+    model, tokenizer = base
+    folder = tmp_path_factory.mktemp("tuned")
+    moved = AutoModelForCausalLM.from_pretrained(random_gpt2)
+    moved.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    moved.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        moved.transformer.h[0].mlp.c_proj.bias += 0.1
+    moved.config.eos_token_id = tokenizer.eos_token_id
+    moved.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "run.json").write_text(json.dumps({"settings": {"base_model": str(random_gpt2)}}))
+    return folder
+
+
+# ---- Likelihood ----------------------------------------------------------------------------------------
+
+
+def test_figures_of_a_score_by_hand():
+    """8 nats on 4 tokens that are 2 words of 10 characters."""
+    figures = Score(nats=8.0, tokens=4, words=2, characters=10).figures()
+    assert figures["nats_per_token"] == 2
+    assert figures["perplexity"] == pytest.approx(math.e**2)
+    assert figures["word_perplexity"] == pytest.approx(math.e**4)
+    assert figures["bits_per_character"] == pytest.approx(0.8 / math.log(2))
+
+
+def test_each_dialogue_is_scored_on_its_reply_tokens_as_transformers_scores_it(base):
+    model, tokenizer = base
+    pieces = packing.encode(tokenizer, TALK, 256).pieces
+    scores = score_each(model, pieces, tokenizer, batch_tokens=80)
+    for turns, (nats, tokens, _words, _characters) in zip(pieces, scores, strict=True):
+        ids = torch.tensor([[token for turn in turns for token in turn]])
+        labels = ids.clone()
+        place = 0
+        for number, turn in enumerate(turns):
+            labels[0, place : place + (1 if number % 2 else len(turn))] = -100  # all but a reply's text and its <END>
+            place += len(turn)
+        assert tokens == sum(len(turn) - 1 for turn in turns[1::2])
+        with torch.no_grad():
+            assert nats == pytest.approx(model(input_ids=ids, labels=labels).loss.item() * tokens, rel=1e-5)
+    assert scores[1, 2:].tolist() == [2, 10]  # "It's noon."
+    packed = hold_out(pieces, tokenizer, 256).score(model, 2)
+    assert np.allclose(scores.sum(0), packed, rtol=1e-4), "the packed score is another"
+
+
+def test_a_mean_has_the_interval_of_the_textbook():
+    values = np.random.default_rng(1).normal(5, 2, size=400)
+    estimate = bootstrap(400, lambda at: {"mean": float(values[at].mean())}, seed=3)["mean"]
+    half = 1.96 * values.std() / 20
+    assert estimate.value == pytest.approx(values.mean())
+    assert estimate.low == pytest.approx(values.mean() - half, abs=0.03)
+    assert estimate.high == pytest.approx(values.mean() + half, abs=0.03)
+
+
+# ---- Replies -------------------------------------------------------------------------------------------
+
+
+def test_figures_of_replies_by_hand():
+    said = [Reply("I like tea.", True), Reply("i like tea, I like tea", False), Reply("Yes!", True)]
+    figures = measure(said, known={"yes"})(np.arange(3))
+    assert figures["distinct_1"] == 4 / 10  # i, like, tea, yes
+    assert figures["distinct_2"] == 3 / 7  # i like, like tea, tea i
+    assert figures["words"] == pytest.approx(10 / 3)
+    assert figures["share_that_ends"] == pytest.approx(2 / 3)
+    assert figures["share_that_repeats"] == figures["share_that_copies"] == pytest.approx(1 / 3)
+
+
+def test_distinct_n_lies_in_its_own_interval():
+    """Resampling alone lowers it, which must not move the interval away from the figure."""
+    said = [Reply(f"word{number} and word{number + 1}", True) for number in range(60)]
+    estimate = bootstrap(60, measure(said, set()), seed=0, resamples=200)["distinct_1"]
+    assert estimate.low < estimate.value < estimate.high
+
+
+def test_references_are_the_libraries_own_figures():
+    sacrebleu = pytest.importorskip("sacrebleu")
+    rouge_score = pytest.importorskip("rouge_score.rouge_scorer")
+    pairs = [
+        ("I would like a cup of tea, please.", "I would like a cup of coffee, please."),
+        ("No.", "Not at all, thank you very much."),
+        ("We went to the beach this weekend.", "We went to the beach last weekend."),
+    ]
+    figures = evaluate.references([Reply(text, True) for text, _ in pairs], [human for _, human in pairs])
+    found = figures(np.arange(3))
+    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu([t for t, _ in pairs], [[h for _, h in pairs]]).score)
+    scorer = rouge_score.RougeScorer(["rougeL"])
+    assert found["rouge_l"] == pytest.approx(np.mean([scorer.score(h, t)["rougeL"].fmeasure for t, h in pairs]))
+    assert figures(np.array([0, 0]))["rouge_l"] == pytest.approx(7 / 8)
+
+
+def test_greedy_replies_are_those_of_transformers_whatever_the_batch(base):
+    model, tokenizer = base
+    contexts = [turns[:1] for turns in TALK] + [TALK[0][:3]]
+    ours = answer(model, tokenizer, contexts, Sampling(temp=0), max_t=12, batch_size=3)
+    roles = add_roles(tokenizer)
+    forbidden = sorted({*tokenizer.all_special_ids, *roles} - {roles.end})
+    for turns, reply in zip(contexts, ours, strict=True):
+        messages = [{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+        config = GenerationConfig(
+            max_new_tokens=12, do_sample=False, suppress_tokens=forbidden, eos_token_id=roles.end,
+            pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        said = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
+        assert reply.text == tokenizer.decode(said[said != roles.end]).strip()
+        assert reply.ended == (roles.end in said)
+
+
+def test_replies_repeat_and_leave_the_random_state_alone(base):
+    model, tokenizer = base
+    before = torch.get_rng_state()
+    model.train()
+    first = converse(model, tokenizer, seed=5)
+    assert model.training
+    model.eval()
+    assert first == converse(model, tokenizer, seed=5) != converse(model, tokenizer, seed=6)
+    assert torch.equal(torch.get_rng_state(), before), "training would go another way"
+    assert [turns[::2] for turns in first] == [list(messages) for messages in replies.CONVERSATIONS]
+
+
+def test_a_long_context_keeps_its_newest_turns(base):
+    model, tokenizer = base
+    turns = ["word " * 60, "word " * 60] * 6 + ["And now?"]
+    assert len(answer(model, tokenizer, [turns, ["x " * 900]], max_t=5)) == 2
+
+
+def test_the_openers_are_forty_different_ones():
+    assert len(OPENERS) == len({fold(opener) for opener in OPENERS}) == 40
+
+
+def test_the_checker_sees_each_fault():
+    good = [Reply(f"I'm fine, and that's number {number}.", True) for number in range(40)]
+    assert all(all(passed) for passed in check_openers(OPENERS, good).values())
+    faults = {
+        "are_not_empty": Reply("", True),
+        "end_by_themselves": Reply("And then and then", False),
+        "show_no_special_token": Reply("Fine.<END>", True),
+        "are_not_the_users_own_words": Reply(OPENERS[0].upper(), True),
+    }
+    for name, reply in faults.items():
+        failed = {check for check, passed in check_openers(OPENERS, [reply, *good[1:]]).items() if not passed[0]}
+        assert failed == {name}
+    for text in ("I don ’ t know.", "I don' t know.", "It is noon .", "I 'm fine.", "Well , yes."):
+        assert not check_openers(OPENERS, [Reply(text, True), *good[1:]])["are_spaced_as_people_write"][0], text
+    for text in ("My parents' house is :) ...", "'Hello' is what I say", "It's 5 o'clock, isn't it?"):
+        assert check_openers(OPENERS, [Reply(text, True), *good[1:]])["are_spaced_as_people_write"][0], text
+    for count, passed in ((3, True), (4, False)):
+        same = [*[Reply("I don't know!", True)] * count, *good[count:]]
+        assert check_openers(OPENERS, same)["answer_at_most_three_openers"][:count] == [passed] * count
+
+
+# ---- The sampler's settings ----------------------------------------------------------------------------
+
+
+def test_distance_by_hand():
+    human = {"words": 10, "distinct_1": 0.5, "distinct_2": 0.9, "share_that_ends": 1, "share_that_repeats": 0.0}
+    assert fitting.distance(human, human) == 0
+    worse = human | {"words": 20, "share_that_ends": 0.9, "share_that_repeats": 0.2}
+    assert fitting.distance(worse, human) == pytest.approx(math.log(2) + 0.1 + 0.2)
+
+
+def test_fitted_settings_reach_the_chat(base, tuned, monkeypatch):
+    import main
+
+    model, tokenizer = base
+    monkeypatch.setattr(fitting, "SWEEP", {"temp": (1.0,), "repetition_penalty": (1.2,)})
+    monkeypatch.setattr(fitting, "distance", lambda bot, human: -bot["distinct_1"])
+    with torch.no_grad():
+        model.get_output_embeddings().weight[-1] *= 3  # <END> often
+    fitted = fitting.fit(model, tokenizer, TALK, seed=1, contexts=3, max_t=8)
+    assert set(fitted.figures) == {"people", "defaults", "fitted"}
+    assert fitted.figures["fitted"]["distance"] <= fitted.figures["defaults"]["distance"]
+    settings = Sampling(temp=1.0, top_k=50, top_p=1.0, repetition_penalty=1.2)  # transformers' own defaults, mostly
+    merge.write_sampler(tuned, settings, 50)
+    assert main.fitted(str(tuned)) == {
+        "max_t": 50, "temp": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2,
+    }  # fmt: skip
+
+
+# ---- Leaks ---------------------------------------------------------------------------------------------
+
+LONG = ["Could you tell me the way to the station?", "Go straight on, then left."]
+
+
+def test_what_stands_in_validation_or_test_is_not_trained_on():
+    train = [["Hi!", "Hello."], [*LONG, "Thanks."], ["A", "b"], ["a!", "B?"], ["c", "d"]]
+    corpus = Corpus(train, [["hi", "HELLO!"]], [["Excuse me.", *map(str.upper, LONG)]], "here", None, ["a note"])
+    clean = without_leaks(corpus)
+    assert clean.train == [["A", "b"], ["c", "d"]]
+    assert clean.notes == ["a note", "2 that overlap validation or test left out", "1 duplicates left out"]
+    assert without_overlap(corpus.test, corpus.train) == []
+    with pytest.raises(UserError, match="every training dialogue"):
+        without_leaks(corpus._replace(train=train[:1]))
+
+
+@given(st.lists(st.lists(st.text(max_size=4), min_size=2, max_size=4), max_size=5))
+def test_nothing_overlaps_what_was_kept(dialogues):
+    half = len(dialogues) // 2
+    kept = without_overlap(dialogues[:half], dialogues[half:])
+    assert without_overlap(dialogues[half:], kept) == dialogues[half:]
+    assert without_overlap(dialogues, dialogues) == []
+
+
+@needs_dailydialog
+def test_the_releases_leaks():
+    """148 test and 118 validation dialogues stand in train, 1,607 of 6,740 test pairs do, 872 are there twice."""
+    corpus = load_corpus(str(DAILYDIALOG))
+    whole = {fold(" ".join(turns)) for turns in corpus.train}
+    assert len(corpus.train) - len(whole) == 872
+    assert sum(fold(" ".join(turns)) in whole for turns in corpus.test) == 148
+    assert sum(fold(" ".join(turns)) in whole for turns in corpus.validation) == 118
+
+    def pairs(dialogues):
+        return [(fold(a), fold(b)) for turns in dialogues for a, b in itertools.pairwise(turns)]
+
+    known = set(pairs(corpus.train))
+    assert len(pairs(corpus.test)) == 6_740
+    assert sum(pair in known for pair in pairs(corpus.test)) == 1_607
+    clean = without_leaks(corpus)
+    assert len(clean.train) == 9_711
+    assert clean.notes == ["597 that overlap validation or test left out", "810 duplicates left out"]
+    assert len(without_overlap(corpus.test, corpus.train)) == 721
+    assert without_overlap(corpus.test, clean.train) == corpus.test
+
+
+# ---- The command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path):
+    for name, count in (("train", 30), ("validation", 4), ("test", 6)):
+        lines = [json.dumps({"dialog": [f"{turn} ({name} {n})" for turn in TALK[n % 3]]}) for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*lines, json.dumps({"dialog": LONG})]))
+    return tmp_path
+
+
+def test_the_command_prints_a_table_and_writes_json(tuned, data, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    flags = ["--model", str(tuned), "--dataset", str(data), "--contexts", "4", "--max_t", "6", "--json", str(file)]
+    evaluate.main(flags)
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("word perplexity", "all 7 dialogues", "the 6 that do not", "40 openers", "seed 0"):
+        assert words in printed
+    found = json.loads(file.read_text())
+    one = found["tuned"]["all 7 dialogues"]["perplexity"]
+    assert one["low"] <= one["value"] <= one["high"]
+    assert one != found["base"]["all 7 dialogues"]["perplexity"]
+    assert found["people"]["replies"]["share_that_ends"]["value"] == 1
+
+
+def test_compare_refuses_equal_weights(tuned, random_gpt2, tmp_path, capsys):
+    evaluate.main(["--model", str(tuned), "--compare", "--max_t", "3"])
+    printed = capsys.readouterr().out
+    assert all(heading in printed for heading in ("opener", "base", "tuned")) and "1 of " in printed
+    with pytest.raises(UserError, match="same weights"):
+        evaluate.main(["--model", str(tuned), "--base", str(tuned), "--compare", "--max_t", "3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model", "./nowhere"], "nowhere"),
+        (["--dataset", "./nowhere.jsonl"], "nowhere.jsonl"),
+        ([], "give --dataset"),
+        (["--base", "./nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(flags, said, tuned, data, capsys):
+    usual = ["--model", str(tuned), *(["--dataset", str(data)] if "--base" in flags else [])]
+    assert exit_code(lambda: evaluate.main([*usual, *flags])) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and said in error[0]
+
+
+def test_contexts_are_cut_before_a_human_reply():
+    found = find_contexts(TALK, 3, seed=0, longest=1)
+    assert [context.turns for context in found] == [turns[:1] for turns in TALK]
+    assert [context.human for context in found] == [turns[1] for turns in TALK]
+    assert {len(context.turns) for seed in range(9) for context in find_contexts(TALK, 3, seed)} == {1, 3}
+
+
+def test_a_plain_gpt2_is_no_dialogue_model(random_gpt2):
+    with pytest.raises(UserError, match="no dialogue model"):
+        evaluate.main(["--model", str(random_gpt2)])
+    assert gpt2_tokenizer().eos_token != "<END>"
