@@ -10,6 +10,7 @@ same name (`--help` lists them).
 
 import logging
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -27,9 +28,12 @@ from dialogue import (
     checkpoint,
     command_line,
     corpus,
+    fast,
     hub,
     lora,
+    memory,
     merge,
+    pace,
     packing,
     rehearsal,
     replies,
@@ -73,7 +77,7 @@ training_args = TrainingArguments(
     learning_rate=3e-4,
     lr_scheduler_type="cosine",
     warmup_steps=0.03,  # share of all steps over which the learning rate rises
-    activation_checkpointing=True,  # gradient checkpointing: less memory, a third more time
+    activation_checkpointing=False,  # True: gradient checkpointing in any case; False: where memory asks for it
     eval_strategy="epoch",
     save_strategy="steps",
     save_steps=0.05,  # a checkpoint after each twentieth of all steps; deleted when the run has its result
@@ -88,7 +92,7 @@ presets: dict[str, dict] = {
     "xl": {},
     "small": {
         "base_model": "gpt2",
-        "training": {"learning_rate": 1e-3, "activation_checkpointing": False},
+        "training": {"learning_rate": 1e-3},
     },
     "starter": {
         "base_model": base_models.STARTER,
@@ -101,7 +105,6 @@ presets: dict[str, dict] = {
             "num_train_epochs": 1,
             "per_device_train_batch_size": 4,
             "learning_rate": 1e-3,
-            "activation_checkpointing": False,
         },
     },
 }
@@ -117,9 +120,12 @@ def main(argv: list[str] | None = None) -> None:
              "early_stopping_patience")  # fmt: skip
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     chosen = {name: given.get(name, preset.get(name, globals()[name])) for name in names}
-    arguments = command_line.override(training_args, preset.get("training", {}) | training_flags)
+    on_cpu = {"use_cpu": base_models.pick_device().type == "cpu"}  # several processes then talk through gloo
+    arguments = command_line.override(training_args, on_cpu | preset.get("training", {}) | training_flags)
     adapters, merged = Path(chosen["adapter_dir"]), Path(chosen["merged_dir"])
-    console = Console()
+    console = Console(quiet=arguments.process_index > 0)
+    fast.keep_freed_memory()
+    budget = pace.Budget(pace.parse_duration(flags.budget)) if flags.budget else None
     if arguments.push_to_hub and not flags.plan:
         hub.check_login(arguments.hub_token)
     transformers.set_seed(arguments.seed)
@@ -147,27 +153,43 @@ def main(argv: list[str] | None = None) -> None:
         begun = checkpoint.look(asked, adapters, merged, arguments, flags.resume, flags.overwrite)
         console.print(checkpoint.in_words(begun, adapters), end="", highlight=False, markup=False, soft_wrap=True)
 
-    # Base model, 8-bit where memory asks for it, with LoRA and the three token rows on top
+    # Base model, as precise and as quick as memory allows, with LoRA and the three token rows on top
     device = base_models.pick_device()
-    dtype = base_models.pick_dtype(device, begun.decided.get("dtype"))
+    dtype = pace.agreed(base_models.pick_dtype(device, begun.decided.get("dtype")))
     parameters = base_models.count_parameters(config)
-    in_8bit = flags.load_in_8bit == "yes" or (
-        flags.load_in_8bit == "auto" and device.type == "cuda" and parameters >= 1_000_000_000
+    lora_changes = preset.get("lora", {})
+    needs = memory.Needs(
+        arguments.per_device_train_batch_size, length, packing.mean_span(rows), dtype, device=device.type
     )
-    in_8bit = begun.decided.get("load_in_8bit", in_8bit)
+    dropout = lora_changes.get("lora_dropout", lora_config.lora_dropout)
+    fixed = memory.decided(flags.load_in_8bit, training_flags, arguments, device)
+    available = memory.free(device, arguments.world_size)
+    needs, expected = pace.agreed(memory.choose(config, lora_config.r, dropout, needs, available, fixed))
+    needs = needs._replace(**begun.decided.get("needs", {}))
+    in_8bit, process = needs.in_8bit, memory.resident(device)
+    accumulation = arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size // needs.rows
     if not flags.plan:
         storage.check_space({merged: int(2.1 * parameters)})
     base = base_models.load_base(chosen["base_model"], dtype, device, tokenizer, quant_config if in_8bit else None)
-    model = lora.attach(base, lora_config, roles, preset.get("lora", {}))
+    fast.trim_base(base, flags.keep_dropout)
+    model = lora.attach(base, lora_config, roles, lora_changes)
+    fast.speed_up(model)
     arguments = command_line.override(
         arguments,
         # gradients underflow in float16 unless they are scaled, which is what Trainer's fp16 does
-        {"fp16": dtype == torch.float16, "dataloader_pin_memory": device.type == "cuda"},
-    )
+        {
+            "fp16": dtype == torch.float16, "dataloader_pin_memory": device.type == "cuda",
+            "activation_checkpointing": needs.checkpointing,
+            "per_device_train_batch_size": needs.rows, "gradient_accumulation_steps": accumulation,
+        },
+    )  # fmt: skip
     decided = {"dtype": str(dtype).removeprefix("torch."), "load_in_8bit": in_8bit}
+    decided["needs"] = {name: getattr(needs, name) for name in ("rows", "in_8bit", "checkpointing")}
     command = command_line.repeat_command(argv)
     run = {"command": command, "run": asked, "decided": decided, "versions": report.versions()}
     if begun.trained:
+        if arguments.process_index:
+            return
         lora.load_adapter(model, adapters)
         run, metrics = (storage.read_json(adapters / name) for name in (storage.RUN_FILE, "metrics.json"))
         certificate = merge.write_merged(
@@ -178,9 +200,20 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Rehearsal and plan
-    rehearsed = rehearsal.rehearse(model, tokenizer, rows, arguments)
+    rehearsed, arguments = rehearsal.rehearse_what_fits(model, tokenizer, rows, arguments)
+    rehearsed = pace.agreed(rehearsed)
+    tokens = sum(len(row["labels"]) for row in rows)
+    per_step = rehearsal.seconds_per_step(rehearsed, tokens / len(rows), arguments)
     steps = rehearsal.count_steps(len(rows), arguments)
-    seconds = rehearsal.estimate_seconds(rehearsed, steps, validation, arguments)
+    decided["needs"]["rows"] = arguments.per_device_train_batch_size
+    if budget:
+        share = rehearsal.affordable_share(rehearsed, validation, budget.seconds, arguments)
+        validation = hold_out(validation_pieces[: max(1, int(share * len(validation_pieces)))], tokenizer, length)
+        steps = max(1, int(budget.seconds / per_step))
+        # The clock ends the run: twice the steps that are likely to fit are never reached.
+        arguments = command_line.override(arguments, {"max_steps": 2 * steps})
+    evaluations = rehearsal.count_evaluations(steps, len(rows), arguments)
+    seconds = rehearsal.estimate_seconds(rehearsed, steps * per_step, evaluations, validation, arguments)
     trainable = model.num_parameters(only_trainable=True)
     plan = {
         "base model": f"{chosen['base_model']} ({parameters / 1e6:.0f} M parameters)",
@@ -188,9 +221,11 @@ def main(argv: list[str] | None = None) -> None:
         "precision": f"{'int8 base, ' if in_8bit else ''}{str(dtype).removeprefix('torch.')}",
         "trainable": f"{trainable:,} parameters: LoRA r={lora_config.r} and three token rows",
         "dialogues": "; ".join([f"{len(train_pieces):,} of {talk.source}", *talk.notes, *notes]),
-        "tokens": f"{sum(len(row['labels']) for row in rows):,} an epoch, in {len(rows):,} rows of {length}",
-        "steps": f"{steps:,} in {arguments.num_train_epochs:g} epochs" if arguments.max_steps < 1 else f"{steps:,}",
-        "memory": f"{rehearsed.peak_bytes / 1e9:.1f} GB at the peak (rehearsed)",
+        "tokens": f"{tokens:,} an epoch, in {len(rows):,} rows of {length}",
+        "steps": report.steps_in_words(steps, len(rows), arguments),
+        "batch": report.batch_in_words(arguments),
+        "memory": f"{(process + expected) / 1e9:.1f} GB at the peak by arithmetic, "
+        f"{rehearsed.peak_bytes / 1e9:.1f} GB rehearsed; {available / 1e9:.0f} GB were free",
         "time": f"about {report.duration(seconds)} (rehearsed: {rehearsed.tokens / rehearsed.seconds:.0f} tokens/s)",
     }
     report.show_example(console, tokenizer, rows[-1])
@@ -203,12 +238,16 @@ def main(argv: list[str] | None = None) -> None:
     # Train
     # In one line, to be copied
     console.print(f"Repeat this run with: {plain(command)}", highlight=False, markup=False, soft_wrap=True)
+    began = time.perf_counter()
     with chunked_head(model):
-        untuned = validation.score(model, arguments.eval_batch_size)
+        untuned = validation.score_in_shares(model, arguments)
+    pacing = training.Pacing(time.perf_counter() - began, budget)
     patience = chosen["early_stopping_patience"]
     # Trainer itself would upload every checkpoint.
     local = command_line.override(arguments, {"push_to_hub": False})
-    trained = training.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience)
+    trained = training.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience, pacing)
+    if arguments.process_index:
+        return  # the first process writes
 
     # Save the adapters, with the report
     facts = {

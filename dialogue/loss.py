@@ -31,6 +31,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = (x @ weight.T).float()
             logits[:, row_ids] = (x @ typed_rows.T).float()
             log_probabilities = logits.log_softmax(-1)
+            del logits
             total += torch.nn.functional.nll_loss(log_probabilities, y, reduction="sum")
             if not need_gradient:
                 continue

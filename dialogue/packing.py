@@ -113,6 +113,23 @@ def pack(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, max_
     return rows
 
 
+def mean_span(rows: list[Row]) -> int:
+    """Tokens of the dialogue that a token is in, in the mean over tokens: what its attention costs."""
+    lengths = []
+    for row in rows:
+        starts = [t for t, position in enumerate(row["position_ids"]) if position == 0]
+        lengths += [stop - start for start, stop in zip(starts, [*starts[1:], _length(row)], strict=True)]
+    return round(sum(length**2 for length in lengths) / sum(lengths))
+
+
+def fill_up(rows: list[Row], multiple: int) -> list[Row]:
+    """Rows, and as many without a label as make their number divisible: several processes then take equal
+    shares, and each dialogue is learned once an epoch."""
+    shortest = min(rows, key=_length)
+    empty = {**shortest, "labels": [IGNORED] * _length(shortest)}
+    return rows + [empty] * (-len(rows) % multiple)
+
+
 def _length(row: Row) -> int:
     return len(row["input_ids"])
 

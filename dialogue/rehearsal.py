@@ -9,8 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from dialogue import base_model, memory
 from dialogue.errors import UserError
 from dialogue.loss import chunked_head
+from dialogue.pace import halve
 from dialogue.packing import IGNORED, Row, collate
 from dialogue.prompt import find_roles
 from dialogue.scores import HeldOut
@@ -22,6 +24,19 @@ class Rehearsal(NamedTuple):
     seconds: float  # one micro-batch
     tokens: int  # in that micro-batch, padding left out
     peak_bytes: int  # CUDA: allocated; elsewhere: resident set of the process
+
+
+def rehearse_what_fits(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], arguments: TrainingArguments
+) -> tuple[Rehearsal, TrainingArguments]:
+    """Rehearse; where the device's memory is too small, with half the micro-batch and twice the accumulation."""
+    while True:
+        try:
+            return rehearse(model, tokenizer, rows, arguments), arguments
+        except torch.OutOfMemoryError:
+            arguments = halve(arguments)
+        model.zero_grad(set_to_none=True)
+        base_model.free()
 
 
 def rehearse(
@@ -47,10 +62,11 @@ def rehearse(
     random_state = torch.get_rng_state()
     if arguments.activation_checkpointing:
         model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
-    check_loss(model, {name: values.to(device) for name, values in collate([longest[-1]], 0).items()})
+    # A few tokens are enough to compare losses, and the plain one's logits would be the peak of memory.
+    beginning = {name: values[:, :64].to(device) for name, values in collate([longest[-1]], 0).items()}
+    check_loss(model, beginning)
     model.train()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    memory.forget_peak(device)
     seconds = []
     with chunked_head(model):
         for _ in range(2):  # the first pays for memory and kernels that later ones find ready
@@ -115,20 +131,41 @@ def count_steps(rows: int, arguments: TrainingArguments) -> int:
     return math.ceil(math.ceil(micro_batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
 
 
-def estimate_seconds(rehearsal: Rehearsal, steps: int, held_out: HeldOut, arguments: TrainingArguments) -> float:
-    """Seconds of training, its evaluations and the merge's certificate.
+def count_evaluations(steps: int, rows: int, arguments: TrainingArguments) -> int:
+    """Evaluations of a training of `steps` steps, the one at its end included."""
+    if arguments.eval_strategy == "epoch":
+        per_epoch = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
+        return max(1, math.ceil(steps / math.ceil(per_epoch / arguments.gradient_accumulation_steps)))
+    if arguments.eval_strategy == "steps":
+        every = arguments.eval_steps or arguments.logging_steps
+        return max(1, math.ceil(steps / (every if every >= 1 else math.ceil(every * steps))))
+    return 1
+
+
+def estimate_seconds(
+    rehearsal: Rehearsal, training_seconds: float, evaluations: int, held_out: HeldOut, arguments: TrainingArguments
+) -> float:
+    """Seconds of training (`training_seconds` for its steps), its evaluations and the merge's certificate.
 
     A forward pass is half of a step's work: 2 FLOP a weight and token forward, 2 more backward, since frozen
     weights get no gradient (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1).
     """
-    evaluations = 1 + (arguments.num_train_epochs if arguments.eval_strategy == "epoch" else 1)
     tokens = sum(len(row["labels"]) for row in held_out.rows)
     certified = 2 * min(tokens, 15_000)  # two models on 100 dialogues, of some 150 tokens
-    forward_tokens = evaluations * tokens + certified
-    return (
-        steps * arguments.gradient_accumulation_steps * rehearsal.seconds
-        + forward_tokens * rehearsal.seconds / rehearsal.tokens / 2
-    )
+    forward_tokens = (1 + evaluations) * tokens / arguments.world_size + certified
+    return training_seconds + forward_tokens * rehearsal.seconds / rehearsal.tokens / 2
+
+
+def affordable_share(rehearsal: Rehearsal, held_out: HeldOut, seconds: float, arguments: TrainingArguments) -> float:
+    """Share of the held-out dialogues that a tenth of `seconds` is enough to score; at most 1."""
+    tokens = sum(len(row["labels"]) for row in held_out.rows) / arguments.world_size
+    return min(1.0, 0.1 * seconds / (tokens * rehearsal.seconds / rehearsal.tokens / 2))
+
+
+def seconds_per_step(rehearsal: Rehearsal, mean_row: float, arguments: TrainingArguments) -> float:
+    """Seconds of an optimiser step on rows of `mean_row` tokens; the rehearsal took the longest rows."""
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return rehearsal.seconds * rows * mean_row / rehearsal.tokens
 
 
 def ask_before_days(seconds: float, yes: bool, cheaper: list[str]) -> None:

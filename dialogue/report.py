@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue.base_model import STARTER, STARTER_ON_HUB
 from dialogue.corpus import DAILYDIALOG_LICENCE, Dialogues
@@ -39,6 +39,24 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
+def steps_in_words(steps: int, rows: int, arguments: TrainingArguments) -> str:
+    """ "120 in 3 epochs"; with a number of steps or a time budget, the epochs that come of it."""
+    a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    epochs = arguments.num_train_epochs if arguments.max_steps < 1 else round(steps * a_step / rows, 2)
+    return f"{steps:,} in {epochs:g} epochs"
+
+
+def batch_in_words(arguments: TrainingArguments) -> str:
+    """ "8 rows a step: 2 at once, 2 times, in 2 processes; activation checkpointing off"."""
+    rows, times = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    processes = f", in {arguments.world_size} processes" if arguments.world_size > 1 else ""
+    checkpointing = "on" if arguments.activation_checkpointing else "off"
+    return (
+        f"{rows * times * arguments.world_size} rows a step: {rows} at once, {times} times{processes}; "
+        f"activation checkpointing {checkpointing}"
+    )
 
 
 def show_plan(console: Console, plan: dict[str, str]) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue.packing import IGNORED, Row, collate, pack, to_row
 from dialogue.prompt import decode_text, find_roles
@@ -59,6 +59,16 @@ class HeldOut(NamedTuple):
             tokens += labelled
         model.train(was_training)
         return Score(nats, tokens, self.words, self.characters)
+
+    def score_in_shares(self, model: nn.Module, arguments: TrainingArguments) -> Score:
+        """The same, each process scoring its share of the rows; all of them get the whole sum."""
+        batch_size, processes = arguments.eval_batch_size, arguments.world_size
+        if processes == 1:
+            return self.score(model, batch_size)
+        share = self._replace(rows=self.rows[arguments.process_index :: processes]).score(model, batch_size)
+        sums = torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=next(model.parameters()).device)
+        torch.distributed.all_reduce(sums)
+        return Score(sums[0].item(), int(sums[1]), self.words, self.characters)
 
 
 def hold_out(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> HeldOut:

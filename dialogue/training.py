@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -22,8 +23,11 @@ from dialogue.errors import Stopped
 from dialogue.generation import Model, TransformersEngine
 from dialogue.lora import save_adapter
 from dialogue.loss import chunked_head
-from dialogue.packing import Row, collate
+from dialogue.pace import Budget, Paced
+from dialogue.packing import Row, collate, fill_up
 from dialogue.plaintext import plain
+from dialogue.rehearsal import count_evaluations, count_steps
+from dialogue.report import duration
 from dialogue.sampling import Sampling
 from dialogue.scores import HeldOut, Score
 
@@ -31,7 +35,17 @@ OPENERS = ("Hello, how are you?", "What do you like to eat?")  # answered at eve
 SAMPLE_TOKENS = 24
 
 
-class DialogueTrainer(ResumableTrainer):
+class Pacing(NamedTuple):
+    """What was measured before a training, and the time that it may take."""
+
+    evaluation_seconds: float = 0.0
+    budget: Budget | None = None
+
+
+UNPACED = Pacing()
+
+
+class DialogueTrainer(Paced, ResumableTrainer):
     """transformers' Trainer, with checkpoints that hold adapters only and an exact evaluation."""
 
     def __init__(
@@ -54,13 +68,17 @@ class DialogueTrainer(ResumableTrainer):
         """Nats a reply token over the whole validation set. Trainer's own average weighs each batch alike,
         however many tokens it has. Two sample replies are shown with it. A signal ends it with Stopped."""
         self.signals.at_once = self.args.world_size == 1
+        began = time.perf_counter()
         try:
-            score = self.held_out.score(self.peft_model, self.args.eval_batch_size)
+            score = self.held_out.score_in_shares(self.peft_model, self.args)
             samples = self.sample_replies() if self.is_world_process_zero() else []
         finally:
             self.signals.at_once = False
         metrics = {f"eval_{name}": value for name, value in score.figures().items()}
         metrics["eval_loss"] = score.nats_per_token
+        metrics["eval_seconds"] = time.perf_counter() - began
+        if self.budget:
+            self.budget.reserve = metrics["eval_seconds"]
         self.log(metrics)
         for opener, reply in samples:
             self.progress.say(f"  you> {opener}\n  bot> {reply}")
@@ -86,17 +104,22 @@ class DialogueTrainer(ResumableTrainer):
 class Progressed(TrainerCallback):
     """A bar with loss, tokens/s and time left; without a terminal, a line for each logged step."""
 
-    def __init__(self, tokens_per_step: float) -> None:
+    def __init__(
+        self, tokens_per_step: float, evaluations: int, evaluation_seconds: float, budget: Budget | None = None
+    ) -> None:
         self.tokens_per_step = tokens_per_step
+        self.evaluations, self.evaluation_seconds = evaluations, evaluation_seconds  # those still to come
+        self.budget = budget
         self.loss = math.nan
         # Standard error, as all progress bars: standard output stays for what was asked for.
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, quiet=int(os.environ.get("RANK", 0)) > 0)
         self.bar = Progress(
             TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
-            TextColumn("{task.fields[rate]:.0f} tokens/s"), TimeRemainingColumn(), console=self.console,
+            TextColumn("{task.fields[rate]:.0f} tokens/s, {task.fields[left]} left"), console=self.console,
         )  # fmt: skip
         self.task: Any = None
         self.steps = 0
+        self.left = math.nan  # seconds to the end of the training, its evaluations included
         self.busy = self.step_began = 0.0  # seconds inside steps: evaluations and checkpoints are left out
 
     @property
@@ -106,7 +129,7 @@ class Progressed(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
         self.task = self.bar.add_task(
-            "training", total=state.max_steps, completed=state.global_step, loss=math.nan, rate=0.0
+            "training", total=state.max_steps, completed=state.global_step, loss=math.nan, rate=0.0, left="?"
         )
         if self.console.is_terminal:
             self.bar.start()
@@ -117,7 +140,16 @@ class Progressed(TrainerCallback):
     def on_step_end(self, args, state, control, **_: Any) -> None:
         self.busy += time.perf_counter() - self.step_began
         self.steps += 1
-        self.bar.update(self.task, completed=state.global_step, rate=self.rate)
+        total = state.max_steps
+        if self.budget:
+            total = max(state.global_step, round(state.global_step / max(self.budget.spent(), 1e-3)))
+        self.left = (total - state.global_step) * self.busy / self.steps + self.evaluations * self.evaluation_seconds
+        left = duration(self.left)
+        self.bar.update(self.task, completed=state.global_step, total=total, rate=self.rate, left=left)
+
+    def on_evaluate(self, args, state, control, **keywords: Any) -> None:
+        self.evaluations = max(0, self.evaluations - 1)
+        self.evaluation_seconds = keywords["metrics"]["eval_seconds"]
 
     def on_log(self, args, state, control, **keywords: Any) -> None:
         logs: dict[str, float] = keywords["logs"]
@@ -126,7 +158,7 @@ class Progressed(TrainerCallback):
         if self.console.is_terminal:
             if "eval_loss" in logs:
                 self.say(f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.2f} per token")
-        else:
+        elif not self.console.quiet:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float))
             self.say(f"step {state.global_step}/{state.max_steps}  {figures}")
 
@@ -162,16 +194,21 @@ def train(
     run: dict[str, Any],
     checkpoint: Path | None = None,
     patience: int = 0,
+    pacing: Pacing = UNPACED,
 ) -> Trained:
     """Train `model`'s adapters in place on packed `rows`; they end as they were at the step that scores best.
 
-    `run` stands in each checkpoint as its run.json; with `checkpoint` the training goes on from there.
+    `run` stands in each checkpoint as its run.json; with `checkpoint` the training goes on from there. With a budget
+    in `pacing`, the clock ends it.
     Raises Stopped after a signal, with everything saved, and UserError where a checkpoint cannot be written.
     """
     model.config.use_cache = False  # a cache would also switch the packed rows' mask off
     micro_batches = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     per_step = sum(len(row["labels"]) for row in rows) / len(rows) * micro_batches
-    progress = Progressed(per_step)
+    if arguments.world_size > 1:
+        rows = fill_up(rows, arguments.train_batch_size * arguments.world_size)
+    evaluations = count_evaluations(count_steps(len(rows), arguments), len(rows), arguments)
+    progress = Progressed(per_step, evaluations, *pacing)
     trainer = DialogueTrainer(
         model,
         tokenizer,
@@ -186,6 +223,9 @@ def train(
         train_dataset=rows,
         data_collator=functools.partial(collate, pad=held_out.pad),  # can be sent to a worker, which a lambda cannot
     )
+    if pacing.budget:
+        trainer.budget, pacing.budget.reserve = pacing.budget, pacing.evaluation_seconds
+        trainer.callback_handler.callbacks.insert(0, pacing.budget)  # the others ask it for the time
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if checkpoint:

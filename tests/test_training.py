@@ -1,0 +1,218 @@
+"""Trainings that run out of memory, against a clock, and in several processes: the same losses all the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import TrainingArguments, set_seed
+
+from dialogue import fast, pace, rehearsal
+from dialogue.base_model import load_base
+from dialogue.errors import UserError
+from dialogue.lora import attach
+from dialogue.packing import IGNORED, encode, fill_up, mean_span, pack
+from dialogue.prompt import add_roles
+from dialogue.scores import hold_out
+from dialogue.training import Pacing, train
+
+DIALOGUES = [[f"Hello, I am number {n}.", "How are you?", "Fine " * (n % 5 + 1)] for n in range(32)]
+LENGTH = 64
+
+
+def prepare(folder, tokenizer):
+    """(model with LoRA and no dropout, rows, held-out dialogues)."""
+    roles = add_roles(tokenizer)
+    set_seed(3)
+    base = load_base(str(folder), torch.float32, torch.device("cpu"), tokenizer)
+    fast.trim_base(base)
+    targets = ["c_attn", "c_proj"]
+    model = attach(base, LoraConfig(r=4, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"), roles)
+    fast.speed_up(model)
+    pieces = encode(tokenizer, DIALOGUES, LENGTH).pieces
+    return model, pack(pieces, tokenizer, LENGTH, "both")[:16], hold_out(pieces[:7], tokenizer, LENGTH)
+
+
+def settings(folder, **changes):
+    fixed = {
+        "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2,
+        "logging_steps": 1, "report_to": "none", "save_strategy": "no", "seed": 5, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TrainingArguments(**fixed | changes)
+
+
+def losses(trained):
+    """(losses of the steps, loss on the held-out dialogues)."""
+    return [entry["loss"] for entry in trained.history if "loss" in entry], trained.score.nats_per_token
+
+
+@pytest.fixture(scope="module")
+def expected(random_gpt2, tmp_path_factory):
+    """Losses of a plain run with four rows a step."""
+    from conftest import gpt2_tokenizer
+
+    tokenizer = gpt2_tokenizer()
+    model, rows, held_out = prepare(random_gpt2, tokenizer)
+    return losses(train(model, tokenizer, rows, held_out, settings(tmp_path_factory.mktemp("plain")), {}))
+
+
+def out_of_memory_beyond(model, rows):
+    """A device whose memory takes the forward pass of `rows` rows, and the backward pass of half as many."""
+    seen = []
+    inner = model.get_base_model().transformer.h[0]
+
+    def check(module, arguments, output):
+        count = len(output[0] if isinstance(output, tuple) else output)
+        seen.append(count)
+        if count > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if count == rows:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(run_out)
+
+    def run_out(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    inner.register_forward_hook(check)
+    return seen
+
+
+def test_out_of_memory_while_training_changes_no_loss(random_gpt2, tokenizer, tmp_path, expected):
+    model, rows, held_out = prepare(random_gpt2, tokenizer)
+    seen = out_of_memory_beyond(model, 2)
+    arguments = settings(tmp_path, per_device_eval_batch_size=1)
+    found = losses(train(model, tokenizer, rows, held_out, arguments, {}))
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1] == pytest.approx(expected[1], rel=1e-5)
+    assert seen[:2] == [4, 2], "it was not tried in halves"
+    assert seen.count(4) == 1 and seen.count(2) == 1, "what does not fit was tried again"
+
+
+def test_out_of_memory_in_the_rehearsal_keeps_the_effective_batch(random_gpt2, tokenizer, tmp_path, expected):
+    model, rows, held_out = prepare(random_gpt2, tokenizer)
+    out_of_memory_beyond(model, 2)
+    _, arguments = rehearsal.rehearse_what_fits(model, tokenizer, rows, settings(tmp_path))
+    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (1, 4)
+    arguments.per_device_eval_batch_size = 1
+    found = losses(train(model, tokenizer, rows, held_out, arguments, {}))
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+
+
+def test_a_single_row_that_does_not_fit_is_said_in_a_line(random_gpt2, tokenizer, tmp_path):
+    model, rows, _ = prepare(random_gpt2, tokenizer)
+    out_of_memory_beyond(model, 0)
+    with pytest.raises(UserError, match=r"single row.*--max_length"):
+        rehearsal.rehearse_what_fits(model, tokenizer, rows, settings(tmp_path))
+
+
+@given(st.integers(1, 64), st.integers(1, 8))
+@hypothesis.settings(deadline=None, max_examples=30)
+def test_halving_keeps_the_effective_batch(rows, steps):
+    arguments = TrainingArguments(per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
+    while arguments.per_device_train_batch_size > 1:
+        smaller = pace.halve(arguments)
+        assert smaller.per_device_train_batch_size <= arguments.per_device_train_batch_size / 2
+        arguments = smaller
+        assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == rows * steps
+
+
+class Clock:
+    """A clock that only steps and evaluations move, by as much as they would take, and a reading by a microsecond."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(pace.time, "perf_counter", self.read)
+
+    def read(self):
+        self.now += 1e-6
+        return self.now
+
+
+@pytest.mark.parametrize("step_seconds", [[3.0], [3.0, 3.0, 6.0]], ids=["steady", "slower later"])
+def test_a_budget_ends_the_run_on_time_with_the_learning_rate_at_zero(
+    random_gpt2, tokenizer, tmp_path, monkeypatch, step_seconds
+):
+    """The speed may change on the way: the schedule follows the clock, not the steps that were foreseen."""
+    model, rows, held_out = prepare(random_gpt2, tokenizer)
+    clock = Clock(monkeypatch)
+    took = iter([])
+
+    def advance(module, arguments, output):
+        nonlocal took
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not model.training:
+            clock.now += 4.0 * (len(hidden) > 1)  # the held-out rows; sample replies come one at a time
+            return
+        seconds = next(took, None)
+        if seconds is None:
+            took = iter(step_seconds)
+            seconds = next(took)
+        clock.now += seconds
+
+    model.get_base_model().transformer.h[0].register_forward_hook(advance)
+    budget = pace.Budget(60.0)
+    began = clock.now
+    arguments = settings(tmp_path, max_steps=1000, lr_scheduler_type="linear", warmup_steps=0.1)
+    trained = train(model, tokenizer, rows, held_out, arguments, {}, pacing=Pacing(4.0, budget))
+    assert clock.now - began == pytest.approx(60.0, rel=0.05)
+    rates = [entry["learning_rate"] for entry in trained.history if "learning_rate" in entry]
+    assert max(rates) > 0.008 and rates[-1] < 0.1 * max(rates), rates
+    assert trained.steps < 25
+
+
+def test_budgets_are_written_as_people_do():
+    written = {"90s": 90, "20m": 1200, "1h30m": 5400, "2h": 7200, "1H5S": 3605}
+    assert {text: pace.parse_duration(text) for text in written} == written
+    for text in ("", "20", "m", "1.5h", "-3m", "0s"):
+        with pytest.raises(UserError, match="20m"):
+            pace.parse_duration(text)
+
+
+def test_rows_are_filled_up_without_a_label_more():
+    row = {"input_ids": [1, 2, 3], "position_ids": [0, 1, 0], "labels": [IGNORED, 2, 3]}
+    filled = fill_up([row] * 5, 4)
+    assert len(filled) == 8 and filled[:5] == [row] * 5
+    assert all(set(extra["labels"]) == {IGNORED} for extra in filled[5:])
+    assert fill_up([row] * 8, 4) == [row] * 8
+    assert mean_span([row]) == round((4 + 1) / 3)
+
+
+def share(folder, out):
+    """What each of several processes runs: its share of the same training."""
+    from conftest import gpt2_tokenizer
+
+    tokenizer = gpt2_tokenizer()
+    model, rows, held_out = prepare(folder, tokenizer)
+    arguments = settings(Path(out) / "checkpoints", per_device_train_batch_size=2, use_cpu=True)
+    found = losses(train(model, tokenizer, rows, held_out, arguments, {}))
+    Path(out, f"{arguments.process_index}-of-{arguments.world_size}.json").write_text(json.dumps(found))
+
+
+def test_two_processes_have_the_losses_of_one(random_gpt2, tmp_path, expected):
+    """`torchrun` with gloo on a CPU: two rows a process, against four in one."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    run = subprocess.run(
+        [*torchrun, __file__, str(random_gpt2), str(tmp_path)],
+        capture_output=True, text=True, env=environment, timeout=240, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["0-of-2.json", "1-of-2.json"]
+    for file in tmp_path.glob("*.json"):
+        steps, held_out = json.loads(file.read_text())
+        assert held_out == pytest.approx(expected[1], rel=1e-5)
+        if steps:  # the first process keeps the log
+            assert steps == pytest.approx(expected[0], rel=1e-4)
+    assert run.stderr.count("step 4/4") >= 1
+
+
+if __name__ == "__main__":
+    share(*sys.argv[1:])
