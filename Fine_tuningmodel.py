@@ -42,7 +42,6 @@ from dialogue import (
     training,
 )
 from dialogue.loss import chunked_head
-from dialogue.plaintext import plain
 from dialogue.prompt import add_roles
 from dialogue.scores import hold_out
 
@@ -120,12 +119,13 @@ def main(argv: list[str] | None = None) -> None:
              "early_stopping_patience")  # fmt: skip
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     chosen = {name: given.get(name, preset.get(name, globals()[name])) for name in names}
-    on_cpu = {"use_cpu": base_models.pick_device().type == "cpu"}  # several processes then talk through gloo
+    device = base_models.pick_device()
+    on_cpu = {"use_cpu": device.type == "cpu"}  # several processes then talk through gloo
     arguments = command_line.override(training_args, on_cpu | preset.get("training", {}) | training_flags)
     adapters, merged = Path(chosen["adapter_dir"]), Path(chosen["merged_dir"])
+    budget = pace.Budget(pace.parse_duration(flags.budget)) if flags.budget else None
     console = Console(quiet=arguments.process_index > 0)
     fast.keep_freed_memory()
-    budget = pace.Budget(pace.parse_duration(flags.budget)) if flags.budget else None
     if arguments.push_to_hub and not flags.plan:
         hub.check_login(arguments.hub_token)
     transformers.set_seed(arguments.seed)
@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     sample = [packing.to_row(piece, "bot", roles.bot) for piece in validation_pieces[:100]]
 
     # What an earlier start of this run left, if there was one
-    asked = {**chosen, **preset.get("lora", {}), "load_in_8bit": flags.load_in_8bit}
+    lora_changes = preset.get("lora", {})
+    asked = {**chosen, **lora_changes, "load_in_8bit": flags.load_in_8bit, "budget": flags.budget}
     asked = checkpoint.describe(asked, lora_config, arguments, rows, validation.rows)
     begun = checkpoint.Begun()
     if not flags.plan:
@@ -154,10 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         console.print(checkpoint.in_words(begun, adapters), end="", highlight=False, markup=False, soft_wrap=True)
 
     # Base model, as precise and as quick as memory allows, with LoRA and the three token rows on top
-    device = base_models.pick_device()
     dtype = pace.agreed(base_models.pick_dtype(device, begun.decided.get("dtype")))
     parameters = base_models.count_parameters(config)
-    lora_changes = preset.get("lora", {})
     needs = memory.Needs(
         arguments.per_device_train_batch_size, length, packing.mean_span(rows), dtype, device=device.type
     )
@@ -166,11 +165,12 @@ def main(argv: list[str] | None = None) -> None:
     available = memory.free(device, arguments.world_size)
     needs, expected = pace.agreed(memory.choose(config, lora_config.r, dropout, needs, available, fixed))
     needs = needs._replace(**begun.decided.get("needs", {}))
-    in_8bit, process = needs.in_8bit, memory.resident(device)
     accumulation = arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size // needs.rows
+    expected += memory.resident(device)
     if not flags.plan:
         storage.check_space({merged: int(2.1 * parameters)})
-    base = base_models.load_base(chosen["base_model"], dtype, device, tokenizer, quant_config if in_8bit else None)
+    quantised = quant_config if needs.in_8bit else None
+    base = base_models.load_base(chosen["base_model"], dtype, device, tokenizer, quantised)
     fast.trim_base(base, flags.keep_dropout)
     model = lora.attach(base, lora_config, roles, lora_changes)
     fast.speed_up(model)
@@ -183,118 +183,91 @@ def main(argv: list[str] | None = None) -> None:
             "per_device_train_batch_size": needs.rows, "gradient_accumulation_steps": accumulation,
         },
     )  # fmt: skip
-    decided = {"dtype": str(dtype).removeprefix("torch."), "load_in_8bit": in_8bit}
-    decided["needs"] = {name: getattr(needs, name) for name in ("rows", "in_8bit", "checkpointing")}
-    command = command_line.repeat_command(argv)
-    run = {"command": command, "run": asked, "decided": decided, "versions": report.versions()}
-    if begun.trained:
-        if arguments.process_index:
-            return
+
+    if begun.trained:  # a stop came between the adapters and the merged model
         lora.load_adapter(model, adapters)
-        run, metrics = (storage.read_json(adapters / name) for name in (storage.RUN_FILE, "metrics.json"))
-        certificate = merge.write_merged(
-            model, dtype, chosen["base_model"], adapters, merged, tokenizer, sample, run, metrics, talk.validation
+    else:
+        # Rehearsal and plan
+        rehearsed, arguments = rehearsal.rehearse_what_fits(model, tokenizer, rows, arguments)
+        rehearsed = pace.agreed(rehearsed)
+        steps, per_step, seconds = rehearsal.foresee(rehearsed, rows, validation, arguments)
+        if budget:
+            share = rehearsal.affordable_share(rehearsed, validation, budget.seconds, arguments)
+            validation = hold_out(validation_pieces[: max(1, int(share * len(validation_pieces)))], tokenizer, length)
+            steps, seconds = max(1, int(budget.seconds / per_step)), budget.seconds
+            # The clock ends the run: twice the steps that are likely to fit are never reached.
+            arguments = command_line.override(arguments, {"max_steps": 2 * steps})
+        precision = f"{'int8 base, ' if needs.in_8bit else ''}{str(dtype).removeprefix('torch.')}"
+        report.show_example(console, tokenizer, rows[-1])
+        report.show_plan(
+            console,
+            {
+                "base model": f"{chosen['base_model']} ({parameters / 1e6:.0f} M parameters)",
+                "device": report.hardware(device),
+                "precision": precision,
+                "trainable": f"{model.num_parameters(only_trainable=True):,} parameters: LoRA r={lora_config.r} "
+                "and three token rows",
+                "dialogues": "; ".join([f"{len(train_pieces):,} of {talk.source}", *talk.notes, *notes]),
+                "tokens": f"{packing.count_tokens(rows):,} an epoch, in {len(rows):,} rows of {length}",
+                "steps": report.steps_in_words(steps, len(rows), arguments),
+                "batch": report.batch_in_words(arguments),
+                "memory": f"{expected / 1e9:.1f} GB at the peak by arithmetic, "
+                f"{rehearsed.peak_bytes / 1e9:.1f} GB rehearsed; {available / 1e9:.0f} GB were free",
+                "time": f"about {report.duration(seconds)} "
+                f"(rehearsed: {rehearsed.tokens / rehearsed.seconds:.0f} tokens/s)",
+            },
         )
-        checkpoint.clear(checkpoint.home(arguments))
-        report.show_result(console, metrics, certificate, adapters, merged)
-        return
+        if flags.plan:
+            return
+        checkpoint.check_space(model, arguments, adapters, merged)
+        rehearsal.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
 
-    # Rehearsal and plan
-    rehearsed, arguments = rehearsal.rehearse_what_fits(model, tokenizer, rows, arguments)
-    rehearsed = pace.agreed(rehearsed)
-    tokens = sum(len(row["labels"]) for row in rows)
-    per_step = rehearsal.seconds_per_step(rehearsed, tokens / len(rows), arguments)
-    steps = rehearsal.count_steps(len(rows), arguments)
-    decided["needs"]["rows"] = arguments.per_device_train_batch_size
-    if budget:
-        share = rehearsal.affordable_share(rehearsed, validation, budget.seconds, arguments)
-        validation = hold_out(validation_pieces[: max(1, int(share * len(validation_pieces)))], tokenizer, length)
-        steps = max(1, int(budget.seconds / per_step))
-        # The clock ends the run: twice the steps that are likely to fit are never reached.
-        arguments = command_line.override(arguments, {"max_steps": 2 * steps})
-    evaluations = rehearsal.count_evaluations(steps, len(rows), arguments)
-    seconds = rehearsal.estimate_seconds(rehearsed, steps * per_step, evaluations, validation, arguments)
-    trainable = model.num_parameters(only_trainable=True)
-    plan = {
-        "base model": f"{chosen['base_model']} ({parameters / 1e6:.0f} M parameters)",
-        "device": report.hardware(device),
-        "precision": f"{'int8 base, ' if in_8bit else ''}{str(dtype).removeprefix('torch.')}",
-        "trainable": f"{trainable:,} parameters: LoRA r={lora_config.r} and three token rows",
-        "dialogues": "; ".join([f"{len(train_pieces):,} of {talk.source}", *talk.notes, *notes]),
-        "tokens": f"{tokens:,} an epoch, in {len(rows):,} rows of {length}",
-        "steps": report.steps_in_words(steps, len(rows), arguments),
-        "batch": report.batch_in_words(arguments),
-        "memory": f"{(process + expected) / 1e9:.1f} GB at the peak by arithmetic, "
-        f"{rehearsed.peak_bytes / 1e9:.1f} GB rehearsed; {available / 1e9:.0f} GB were free",
-        "time": f"about {report.duration(seconds)} (rehearsed: {rehearsed.tokens / rehearsed.seconds:.0f} tokens/s)",
-    }
-    report.show_example(console, tokenizer, rows[-1])
-    report.show_plan(console, plan)
-    if flags.plan:
-        return
-    checkpoint.check_space(model, arguments, adapters, merged)
-    rehearsal.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
+        # Train
+        command = command_line.repeat_command(argv)
+        report.show_line(console, f"Repeat this run with: {command}")
+        decided = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "load_in_8bit": needs.in_8bit,
+            "needs": {
+                "rows": arguments.per_device_train_batch_size,
+                "in_8bit": needs.in_8bit,
+                "checkpointing": needs.checkpointing,
+            },
+        }
+        run = {"command": command, "run": asked, "decided": decided, "versions": report.versions()}
+        began = time.perf_counter()
+        with chunked_head(model):
+            untuned = validation.score_in_shares(model, arguments)
+        pacing = training.Pacing(time.perf_counter() - began, budget)
+        # Trainer itself would upload every checkpoint.
+        local = command_line.override(arguments, {"push_to_hub": False})
+        patience = chosen["early_stopping_patience"]
+        trained = training.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience, pacing)
 
-    # Train
-    # In one line, to be copied
-    console.print(f"Repeat this run with: {plain(command)}", highlight=False, markup=False, soft_wrap=True)
-    began = time.perf_counter()
-    with chunked_head(model):
-        untuned = validation.score_in_shares(model, arguments)
-    pacing = training.Pacing(time.perf_counter() - began, budget)
-    patience = chosen["early_stopping_patience"]
-    # Trainer itself would upload every checkpoint.
-    local = command_line.override(arguments, {"push_to_hub": False})
-    trained = training.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience, pacing)
-    if arguments.process_index:
-        return  # the first process writes
-
-    # Save the adapters, with the report
-    facts = {
-        "base model": chosen["base_model"],
-        "data": talk.source,
-        "licence of the data": talk.licence or "unknown: yours to find out",
-        "licence of the base model": base_models.licence(chosen["base_model"]),
-        "hardware": report.hardware(device),
-        "precision": plan["precision"],
-        "training time": report.duration(trained.seconds),
-        "step": f"{trained.best_step} of {trained.steps} trained, the best on the validation split",
-        "peak memory": f"{rehearsal.peak_memory(device) / 1e9:.1f} GB",
-        **report.versions(),
-    }
-    metrics = {
-        "train_tokens_per_second": trained.tokens_per_second,
-        "train_tokens": trained.tokens,
-        "train_seconds": trained.seconds,
-        "steps": trained.steps,
-        "best_step": trained.best_step,
-        "peak_memory_bytes": rehearsal.peak_memory(device),
-        **{f"eval_{name}": value for name, value in trained.score.figures().items()},
-        **{f"base_eval_{name}": value for name, value in untuned.figures().items()},
-        "seed": arguments.seed,
-    }
-    settings = {
-        **chosen, "load_in_8bit": in_8bit, "r": lora_config.r, "lora_alpha": lora_config.lora_alpha,
-        **{name: getattr(arguments, name) for name in report.TRAINING_SETTINGS},
-    }  # fmt: skip
-    with model.disable_adapter():
-        before = replies.converse(model, tokenizer, arguments.seed)
-    talks = {"before": before, "after": replies.converse(model, tokenizer, arguments.seed)}
-    run |= {"settings": settings, "facts": facts, "conversations": talks}
-    with storage.whole_folder(adapters) as folder:
-        lora.save_adapter(model, tokenizer, str(folder))
-        report.write_report(folder, run, metrics, trained.history)
+        # Save the adapters, with the report
+        if not arguments.process_index:
+            with model.disable_adapter():
+                before = replies.converse(model, tokenizer, arguments.seed)
+            run |= {
+                "settings": report.settings({**chosen, "load_in_8bit": needs.in_8bit}, lora_config, arguments),
+                "facts": report.facts(chosen["base_model"], talk, device, precision, trained),
+                "conversations": {"before": before, "after": replies.converse(model, tokenizer, arguments.seed)},
+            }
+            with storage.whole_folder(adapters) as folder:
+                lora.save_adapter(model, tokenizer, str(folder))
+                figures = report.metrics(trained, untuned, device, arguments.seed)
+                report.write_report(folder, run, figures, trained.history)
 
     # Merge into a fresh 16-bit base, and compare what came out with what was trained
-    certificate = merge.write_merged(
-        model, dtype, chosen["base_model"], adapters, merged, tokenizer, sample, run, metrics, talk.validation
-    )
+    if arguments.process_index:
+        return  # the first process writes
+    certificate = merge.write_merged(model, dtype, adapters, merged, tokenizer, sample, talk.validation)
     checkpoint.clear(checkpoint.home(arguments))
-    report.show_result(console, metrics, certificate, adapters, merged)
+    report.show_result(console, adapters, merged, certificate)
     if arguments.push_to_hub:
         token, private = arguments.hub_token, arguments.hub_private_repo
         for address in hub.push(adapters, merged, arguments.hub_model_id, private, token):
-            console.print(f"Uploaded: {address}", highlight=False)
+            report.show_line(console, f"Uploaded: {address}")
 
 
 if __name__ == "__main__":

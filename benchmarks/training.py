@@ -26,9 +26,8 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from dialogue import base_model, corpus, fast, lora, packing
-from dialogue.memory import forget_peak
+from dialogue.memory import forget_peak, peak_memory
 from dialogue.prompt import add_roles
-from dialogue.rehearsal import peak_memory
 from dialogue.scores import hold_out
 from dialogue.training import train
 

@@ -126,6 +126,18 @@ def resident(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
+def peak_memory(device: torch.device) -> int:
+    """Peak bytes so far: allocated on a CUDA device, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kibibytes elsewhere (getrusage(2))
+
+
 def decided(
     load_in_8bit: str, flags: dict[str, Any], arguments: TrainingArguments, device: torch.device
 ) -> dict[str, bool]:

@@ -44,18 +44,18 @@ def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, fo
 
 
 def write_merged(
-    trained: PeftModel, dtype: torch.dtype, base_model: str, adapters: Path, merged: Path,
-    tokenizer: PreTrainedTokenizerBase, rows: list[Row], run: dict[str, Any], metrics: dict[str, Any],
-    validation: Dialogues,
+    trained: PeftModel, dtype: torch.dtype, adapters: Path, merged: Path, tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row], validation: Dialogues,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the folder `merged`, compare it with `trained` on `rows`, and return the certificate.
 
-    `dtype` is what is computed in. The sampler's settings are fitted on `validation`.
-    Raises UserError, and leaves nothing, where they differ or the disk is full.
+    `dtype` is what is computed in. The sampler's settings are fitted on `validation`. What else is said of the run
+    stands beside the adapters. Raises UserError, and leaves nothing, where they differ or the disk is full.
     """
+    run, metrics = (storage.read_json(adapters / name) for name in (storage.RUN_FILE, "metrics.json"))
     storage.check_space({merged: merged_bytes(trained)})
     with storage.whole_folder(merged) as folder:
-        merge(base_model, adapters, tokenizer, folder)
+        merge(run["facts"]["base model"], adapters, tokenizer, folder)
         reloaded = load_merged(folder, dtype, trained.device)
         certificate = certify(trained, reloaded, rows, tokenizer.pad_token_id, run["decided"]["load_in_8bit"])
         fitted = fit(reloaded, tokenizer, validation, run["settings"]["seed"])

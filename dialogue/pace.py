@@ -41,14 +41,15 @@ class Budget(TrainerCallback):
     def __init__(self, seconds: float, reserve: float = 0.0) -> None:
         self.seconds, self.reserve = seconds, reserve
         self.start = self.now = time.perf_counter()
-        self.step_began = self.longest = 0.0
+        self.step_began = self.already = 0.0  # seconds spent before a stop, where a run goes on
 
     def spent(self) -> float:
         """Share of the time for steps that was over at the end of the last one."""
         return min(1.0, (self.now - self.start) / max(self.seconds - self.reserve, 1e-9))
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
-        self.start = self.now = time.perf_counter()
+        self.now = time.perf_counter()
+        self.start = self.now - self.already
 
     def on_optimizer_step(self, args, state, control, **_: Any) -> None:
         self.look(args)

@@ -130,6 +130,11 @@ def fill_up(rows: list[Row], multiple: int) -> list[Row]:
     return rows + [empty] * (-len(rows) % multiple)
 
 
+def count_tokens(rows: list[Row]) -> int:
+    """Tokens of all rows; padding is not among them."""
+    return sum(map(_length, rows))
+
+
 def _length(row: Row) -> int:
     return len(row["input_ids"])
 

@@ -13,7 +13,7 @@ from dialogue import base_model, memory
 from dialogue.errors import UserError
 from dialogue.loss import chunked_head
 from dialogue.pace import halve
-from dialogue.packing import IGNORED, Row, collate
+from dialogue.packing import IGNORED, Row, collate, count_tokens
 from dialogue.prompt import find_roles
 from dialogue.scores import HeldOut
 
@@ -78,7 +78,7 @@ def rehearse(
     check_gradients(model)
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(random_state)
-    return Rehearsal(min(seconds), sum(len(row["labels"]) for row in longest), peak_memory(device))
+    return Rehearsal(min(seconds), sum(len(row["labels"]) for row in longest), memory.peak_memory(device))
 
 
 @torch.no_grad()
@@ -109,26 +109,22 @@ def check_gradients(model: PeftModel) -> None:
             raise UserError("no gradient reaches one of <USER>, <BOT> and <END>: check the dataset")
 
 
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: allocated on a CUDA device, else the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kibibytes elsewhere (getrusage(2))
-
-
 def count_steps(rows: int, arguments: TrainingArguments) -> int:
     """Optimiser steps of the whole run."""
     if arguments.max_steps > 0:
         return arguments.max_steps
     micro_batches = math.ceil(rows / (arguments.per_device_train_batch_size * arguments.world_size))
     return math.ceil(math.ceil(micro_batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
+
+
+def foresee(
+    rehearsal: Rehearsal, rows: list[Row], held_out: HeldOut, arguments: TrainingArguments
+) -> tuple[int, float, float]:
+    """Optimiser steps of the run, seconds of one of them, and of the run with its evaluations and certificate."""
+    steps = count_steps(len(rows), arguments)
+    per_step = seconds_per_step(rehearsal, count_tokens(rows) / len(rows), arguments)
+    evaluations = count_evaluations(steps, len(rows), arguments)
+    return steps, per_step, estimate_seconds(rehearsal, steps * per_step, evaluations, held_out, arguments)
 
 
 def count_evaluations(steps: int, rows: int, arguments: TrainingArguments) -> int:

@@ -5,22 +5,28 @@ import shlex
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCardData
+from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue.base_model import STARTER, STARTER_ON_HUB
-from dialogue.corpus import DAILYDIALOG_LICENCE, Dialogues
+from dialogue.base_model import STARTER, STARTER_ON_HUB, licence
+from dialogue.corpus import DAILYDIALOG_LICENCE, Corpus, Dialogues
 from dialogue.fitting import Fitted
+from dialogue.memory import peak_memory
 from dialogue.packing import IGNORED, Row
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
-from dialogue.storage import RUN_FILE, write_json
+from dialogue.scores import Score
+from dialogue.storage import RUN_FILE, read_json, write_json
+
+if TYPE_CHECKING:
+    from dialogue.training import Trained
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -222,10 +228,53 @@ def write_report(folder: Path, run: dict[str, Any], metrics: dict[str, Any], his
     write_card(folder, run, metrics)
 
 
-def show_result(
-    console: Console, metrics: dict[str, Any], certificate: dict[str, Any], adapters: Path, merged: Path
-) -> None:
+def settings(chosen: dict[str, Any], lora: LoraConfig, arguments: TrainingArguments) -> dict[str, Any]:
+    """What a reader of the model card wants to know of the configuration."""
+    return {
+        **chosen, "r": lora.r, "lora_alpha": lora.lora_alpha,
+        **{name: getattr(arguments, name) for name in TRAINING_SETTINGS},
+    }  # fmt: skip
+
+
+def facts(base: str, talk: Corpus, device: torch.device, precision: str, trained: "Trained") -> dict[str, str]:
+    """What came of a run, in words."""
+    return {
+        "base model": base,
+        "data": talk.source,
+        "licence of the data": talk.licence or "unknown: yours to find out",
+        "licence of the base model": licence(base),
+        "hardware": hardware(device),
+        "precision": precision,
+        "training time": duration(trained.seconds),
+        "step": f"{trained.best_step} of {trained.steps} trained, the best on the validation split",
+        "peak memory": f"{peak_memory(device) / 1e9:.1f} GB",
+        **versions(),
+    }
+
+
+def metrics(trained: "Trained", untuned: Score, device: torch.device, seed: int) -> dict[str, Any]:
+    """What came of a run, in numbers."""
+    return {
+        "train_tokens_per_second": trained.tokens_per_second,
+        "train_tokens": trained.tokens,
+        "train_seconds": trained.seconds,
+        "steps": trained.steps,
+        "best_step": trained.best_step,
+        "peak_memory_bytes": peak_memory(device),
+        **{f"eval_{name}": value for name, value in trained.score.figures().items()},
+        **{f"base_eval_{name}": value for name, value in untuned.figures().items()},
+        "seed": seed,
+    }
+
+
+def show_line(console: Console, text: str) -> None:
+    """A line of plain text, not broken: it may be there to be copied."""
+    console.print(plain(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def show_result(console: Console, adapters: Path, merged: Path, certificate: dict[str, Any]) -> None:
     """What the run achieved, what it wrote, and what to do next."""
+    metrics = read_json(adapters / "metrics.json")
     console.print(
         f"Perplexity on validation replies: {metrics['base_eval_perplexity']:.1f} untuned, "
         f"[bold]{metrics['eval_perplexity']:.1f}[/] tuned (per token); "

@@ -230,6 +230,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     if checkpoint:
         trainer.restore(checkpoint)
+        if pacing.budget:
+            pacing.budget.already = trainer.seconds
     try:
         with chunked_head(model) as trainer.own_head, trainer.signals.noted():
             try:
