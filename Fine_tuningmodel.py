@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> None:
     sample = [packing.to_row(piece, "bot", roles.bot) for piece in validation_pieces[:100]]
 
     # What an earlier start of this run left, if there was one
-    asked = {**chosen, **preset.get("lora", {}), "load_in_8bit": flags.load_in_8bit}
+    own = {name: getattr(flags, name) for name in ("load_in_8bit", "budget", "keep_dropout")}
+    asked = {**chosen, **preset.get("lora", {}), **own}
     asked = checkpoint.describe(asked, lora_config, arguments, rows, validation.rows)
     begun = checkpoint.Begun()
     if not flags.plan:
