@@ -147,7 +147,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # What an earlier start of this run left, if there was one
     lora_changes = preset.get("lora", {})
-    asked = {**chosen, **lora_changes, "load_in_8bit": flags.load_in_8bit, "budget": flags.budget}
+    own = {name: getattr(flags, name) for name in ("load_in_8bit", "budget", "keep_dropout")}
+    asked = {**chosen, **lora_changes, **own}
     asked = checkpoint.describe(asked, lora_config, arguments, rows, validation.rows)
     begun = checkpoint.Begun()
     if not flags.plan:

@@ -164,7 +164,7 @@ def test_another_run_is_named_field_by_field(source, stopped, tmp_path, monkeypa
         assert "learning_rate 0.01, now 0.5" in said and "learn both, now bot" in said and "training data" in said
         assert "seed" not in said and said.count("\n") == 1
     assert sorted((tmp_path / "checkpoints").iterdir()) == before
-    monkeypatch.setattr(training, "train", lambda *args: pytest.fail(f"resumed: {args[-2]}") if args[-2] else 1 / 0)
+    monkeypatch.setattr(training, "train", lambda *args: pytest.fail(f"resumed: {args[-3]}") if args[-3] else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(source, tmp_path, "--learning_rate", "0.5", "--overwrite")
     assert not (tmp_path / "checkpoints").exists()

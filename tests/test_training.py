@@ -136,7 +136,7 @@ class Clock:
         return self.now
 
 
-@pytest.mark.parametrize("step_seconds", [[3.0], [3.0, 3.0, 6.0]], ids=["steady", "slower later"])
+@pytest.mark.parametrize("step_seconds", [[1.5], [1.5, 1.5, 3.0]], ids=["steady", "slower later"])
 def test_a_budget_ends_the_run_on_time_with_the_learning_rate_at_zero(
     random_gpt2, tokenizer, tmp_path, monkeypatch, step_seconds
 ):
@@ -165,7 +165,7 @@ def test_a_budget_ends_the_run_on_time_with_the_learning_rate_at_zero(
     assert clock.now - began == pytest.approx(60.0, rel=0.05)
     rates = [entry["learning_rate"] for entry in trained.history if "learning_rate" in entry]
     assert max(rates) > 0.008 and rates[-1] < 0.1 * max(rates), rates
-    assert trained.steps < 25
+    assert trained.steps < 45
 
 
 def test_budgets_are_written_as_people_do():
