@@ -1,0 +1,189 @@
+"""A decoder's forward pass for one sequence, in as few tensor operations as it takes: GPT-2 and Llama.
+
+transformers' own forward spends more time between its operations than in them where one token is read at a
+time. Here a layer is four products with weights, an attention and what little stands between. How a product
+is computed is given from outside (`dialogue/kernels.py`), so that the same code serves every precision.
+What differs between the families stands in `FAMILIES`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PretrainedConfig, PreTrainedModel
+
+Product = Callable[[Tensor], Tensor]  # (n, in) -> (n, out)
+MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight (out, in), bias (out,) or None
+
+
+class Layer(NamedTuple):
+    """One block. The three projections of its attention are one product, and so are the MLP's gate and up."""
+
+    norm_1: Product
+    qkv: Product
+    out: Product
+    norm_2: Product
+    up: Product
+    activate: Product
+    down: Product
+
+
+class Weights(NamedTuple):
+    """A model, ready to run."""
+
+    embedding: Tensor  # (V, width)
+    positions: Tensor | None  # (context, width): learned, added to the embedding
+    rotation: tuple[Tensor, Tensor] | None  # cos and sin, (context, head size): rotary
+    layers: list[Layer]
+    norm: Product
+    head: Product
+    heads: int  # of the keys and values
+    group: int  # queries that share a key
+    size: int  # of a head
+    scale: float  # of query times key
+
+
+def gpt2(model: Any, product: MakeProduct) -> Weights:
+    """GPT-2: learned positions, LayerNorm, weights as (in, out)."""
+    body, config = model.transformer, model.config
+
+    def conv1d(module: Any) -> Product:
+        return product(module.weight.T, module.bias)
+
+    def norm(module: Any) -> Product:
+        shape, weight, bias, eps = (config.n_embd,), module.weight.float(), module.bias.float(), module.eps
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+
+    def layer(block: Any) -> Layer:
+        return Layer(
+            norm(block.ln_1), conv1d(block.attn.c_attn), conv1d(block.attn.c_proj),
+            norm(block.ln_2), conv1d(block.mlp.c_fc), _gelu, conv1d(block.mlp.c_proj),
+        )  # fmt: skip
+
+    size = config.n_embd // config.n_head
+    return Weights(
+        body.wte.weight.detach(), body.wpe.weight.detach(), None, [layer(block) for block in body.h], norm(body.ln_f),
+        product(model.lm_head.weight, None), config.n_head, 1, size, size**-0.5,
+    )  # fmt: skip
+
+
+def llama(model: Any, product: MakeProduct) -> Weights:
+    """Llama: rotary positions, RMSNorm, a gated MLP, keys shared by groups of queries."""
+    body, config = model.model, model.config
+
+    def joined(*modules: Any) -> Product:
+        bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
+        return product(torch.cat([module.weight for module in modules]), bias)
+
+    def norm(module: Any) -> Product:
+        shape, weight, eps = (config.hidden_size,), module.weight.float(), module.variance_epsilon
+        return lambda x: torch.rms_norm(x, shape, weight, eps)
+
+    def layer(block: Any) -> Layer:
+        attention, mlp = block.self_attn, block.mlp
+        return Layer(
+            norm(block.input_layernorm), joined(attention.q_proj, attention.k_proj, attention.v_proj),
+            joined(attention.o_proj), norm(block.post_attention_layernorm), joined(mlp.gate_proj, mlp.up_proj),
+            _gated_silu, joined(mlp.down_proj),
+        )  # fmt: skip
+
+    positions = torch.arange(config.max_position_embeddings)[None]
+    cos, sin = body.rotary_emb(torch.zeros(1), positions)
+    heads, size = config.num_key_value_heads, cos.shape[-1]
+    # Half of the rotation is a difference: x * cos + rotated x * sin, where rotated is (-second, first).
+    sin[..., : size // 2] *= -1
+    return Weights(
+        body.embed_tokens.weight.detach(), None, (cos[0], sin[0]), [layer(block) for block in body.layers],
+        norm(body.norm), product(model.lm_head.weight, None), heads, config.num_attention_heads // heads, size,
+        size**-0.5,
+    )  # fmt: skip
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+def _gated_silu(x: Tensor) -> Tensor:
+    """(n, 2 width) -> (n, width)."""
+    gate, up = x.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+# Family -> how its modules become weights, and what its config must say for that to be all there is to it.
+FAMILIES: dict[str, tuple[Callable[[Any, MakeProduct], Weights], dict[str, tuple]]] = {
+    "gpt2": (
+        gpt2,
+        {
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "add_cross_attention": (False,),
+        },
+    ),
+    "llama": (llama, {"hidden_act": ("silu",)}),
+}
+STATIC_ROTATIONS = ("default", "linear", "llama3")  # the same at every length
+
+
+def supported(config: PretrainedConfig) -> bool:
+    """Whether `Decoder` computes what transformers computes for this model."""
+    if config.model_type not in FAMILIES:
+        return False
+    rotary = getattr(config, "rope_parameters", None) or {}
+    needed = FAMILIES[config.model_type][1]
+    return rotary.get("rope_type", "default") in STATIC_ROTATIONS and all(
+        getattr(config, name) in values for name, values in needed.items()
+    )
+
+
+class Decoder:
+    """Tokens in, logits out; keys and values stay in a cache whose memory is taken once."""
+
+    def __init__(self, model: PreTrainedModel, product: MakeProduct, context: int) -> None:
+        with torch.inference_mode():
+            self.weights = FAMILIES[model.config.model_type][0](model, product)
+        w = self.weights
+        # Memory that was never written costs nothing: the system hands it out at the first touch.
+        self.cache = torch.empty(len(w.layers), 2, w.heads, context, w.size)
+
+    @torch.inference_mode()
+    def __call__(self, ids: Tensor, start: int, last: int = 1) -> Tensor:
+        """ids (n,) at the positions from `start` on -> logits (last, V) after the last of them."""
+        w, n = self.weights, len(ids)
+        end = start + n
+        x = w.embedding[ids].float()
+        rotation = None
+        if w.positions is not None:
+            x += w.positions[start:end]
+        elif w.rotation:
+            rotation = (w.rotation[0][start:end, None], w.rotation[1][start:end, None])
+        mask = None
+        if n > 1:  # each token sees what is before it and itself
+            mask = torch.ones(n, end, dtype=torch.bool).tril_(start).repeat_interleave(w.group, dim=0)
+        for layer, cache in zip(w.layers, self.cache, strict=True):
+            attended = self._attention(layer.qkv(layer.norm_1(x)), cache, start, end, rotation, mask)
+            x += layer.out(attended)
+            x += layer.down(layer.activate(layer.up(layer.norm_2(x))))
+        return w.head(w.norm(x[-last:])).float()
+
+    def _attention(
+        self, qkv: Tensor, cache: Tensor, start: int, end: int, rotation: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """(n, (heads * group + 2 heads) * size) -> (n, heads * group * size); fills cache[:, :, start:end]."""
+        w, n = self.weights, end - start
+        queries = w.heads * w.group
+        qkv = qkv.view(n, queries + 2 * w.heads, w.size)
+        turned = queries + w.heads
+        if rotation:
+            cos, sin = rotation
+            qk = qkv[:, :turned]
+            qkv[:, :turned] = qk * cos + qk.roll(w.size // 2, -1) * sin
+        # The group's queries stand below each other, as if each token had `group` positions.
+        q = qkv[:, :queries].view(n, w.heads, w.group, w.size).transpose(0, 1).reshape(w.heads, n * w.group, w.size)
+        cache[:, :, start:end] = qkv[:, queries:].view(n, 2, w.heads, w.size).permute(1, 2, 0, 3)
+        keys, values = cache[:, None, :, :end]
+        out = functional.scaled_dot_product_attention(q[None], keys, values, attn_mask=mask, scale=w.scale)
+        return out[0].view(w.heads, n, w.group * w.size).transpose(0, 1).reshape(n, queries * w.size)
