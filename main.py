@@ -112,7 +112,7 @@ def parse(argv: list[str] | None) -> Namespace:
         help="fitted: from generation_config.json",
     )
     add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
-    precisions = ("auto", "float32", "bfloat16", "float16")
+    precisions = ("auto", "float32", "bfloat16", "float16", "int8")
     add(
         "--precision",
         choices=precisions,

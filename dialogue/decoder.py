@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-Product = Callable[[Tensor], Tensor]  # (n, in) -> (n, out)
+from dialogue.kernels import KERNELS, Product
+
 MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight (out, in), bias (out,) or None
+CHUNK = 256  # tokens that are read at once: the attention's mask grows with their square
 
 
 class Layer(NamedTuple):
@@ -139,21 +141,46 @@ def supported(config: PretrainedConfig) -> bool:
 
 
 class Decoder:
-    """Tokens in, logits out; keys and values stay in a cache whose memory is taken once."""
+    """An `Engine` (`dialogue/generation.py`): keys and values stay in a cache whose memory is taken once."""
 
-    def __init__(self, model: PreTrainedModel, product: MakeProduct, context: int) -> None:
+    def __init__(self, model: PreTrainedModel, precision: str, context: int) -> None:
+        self.precision, self.length = precision, 0
         with torch.inference_mode():
-            self.weights = FAMILIES[model.config.model_type][0](model, product)
+            self.weights = FAMILIES[model.config.model_type][0](model, KERNELS[precision])
         w = self.weights
         # Memory that was never written costs nothing: the system hands it out at the first touch.
         self.cache = torch.empty(len(w.layers), 2, w.heads, context, w.size)
 
+    def step(self, ids: list[int]) -> Tensor:
+        """Read one or more new tokens; logits (V,) float32 after the last of them."""
+        return self.read(ids)[-1]
+
+    def read(self, ids: list[int], logits: int = 1) -> Tensor:
+        """Read new tokens; logits (`logits`, V) float32 after the last of them, at most `CHUNK`.
+
+        An interrupt leaves keys and values behind that no length counts, and that are written over.
+        """
+        read = 0
+        while read < len(ids) - CHUNK:
+            self._forward(ids[read : read + CHUNK], self.length + read, 1)
+            read += CHUNK
+        out = self._forward(ids[read:], self.length + read, logits)
+        self.length += len(ids)
+        return out
+
+    def truncate(self, length: int) -> None:
+        """Forget what follows the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+
     @torch.inference_mode()
-    def __call__(self, ids: Tensor, start: int, last: int = 1) -> Tensor:
-        """ids (n,) at the positions from `start` on -> logits (last, V) after the last of them."""
+    def _forward(self, ids: list[int], start: int, logits: int) -> Tensor:
         w, n = self.weights, len(ids)
         end = start + n
-        x = w.embedding[ids].float()
+        x = w.embedding[torch.tensor(ids)].float()
         rotation = None
         if w.positions is not None:
             x += w.positions[start:end]
@@ -166,7 +193,7 @@ class Decoder:
             attended = self._attention(layer.qkv(layer.norm_1(x)), cache, start, end, rotation, mask)
             x += layer.out(attended)
             x += layer.down(layer.activate(layer.up(layer.norm_2(x))))
-        return w.head(w.norm(x[-last:])).float()
+        return w.head(w.norm(x[-logits:]))
 
     def _attention(
         self, qkv: Tensor, cache: Tensor, start: int, end: int, rotation: tuple[Tensor, Tensor] | None,

@@ -15,8 +15,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dialogue import hub, storage
+from dialogue import hub, kernels, storage
 from dialogue.base_model import context_length, pick_device, pick_dtype
+from dialogue.decoder import Decoder, supported
 from dialogue.errors import UserError
 from dialogue.plaintext import plain
 from dialogue.prompt import find_roles, has_vocabulary
@@ -110,14 +111,17 @@ class Model:
 def load(name: str, precision: str = "auto") -> Model:
     """A merged model's folder, an adapter's folder (merged on loading), or a name on the hub.
 
-    `precision` is a torch dtype's name; "auto" takes the fastest of full quality. Weights come from
+    `precision` is "int8" or a torch dtype's name; "auto" takes the fastest of full quality. Weights come from
     safetensors only, and no code from the folder runs. Raises UserError, one line, for anything that is no
-    dialogue model.
+    dialogue model, and for a precision that is not to be had.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = pick_device()
-    dtype = pick_dtype(device) if precision == "auto" else getattr(torch, precision)
+    adapter = Path(name, "adapter_config.json").is_file()
+    dtype: Any = torch.float32 if adapter else "auto"  # to merge in; as stored
+    if device.type != "cpu":
+        dtype = _dtype(device, precision)
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     if problem := storage.damage(Path(name), HASHED_BELOW):
         raise UserError(
@@ -126,10 +130,7 @@ def load(name: str, precision: str = "auto") -> Model:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_source(name))
         find_roles(tokenizer)
-        if Path(name, "adapter_config.json").is_file():
-            model = _load_adapter(name, tokenizer, options)
-        else:
-            model = _load_weights(name, options)
+        model = _load_adapter(name, tokenizer, options) if adapter else _load_weights(name, options)
         limit = context_length(model.config)
     except UserError:
         raise
@@ -148,7 +149,26 @@ def load(name: str, precision: str = "auto") -> Model:
         raise UserError(f"{name} is broken: its tokenizer knows more tokens than the model's {rows}")
     if not has_vocabulary(tokenizer):
         raise UserError(f"{name} is broken: its tokenizer has no vocabulary")
-    return Model(TransformersEngine(model), tokenizer, limit)
+    return Model(_engine(model, precision, limit), tokenizer, limit)
+
+
+def _engine(model: PreTrainedModel, precision: str, limit: int) -> Engine:
+    """The fastest engine that this model and machine can have."""
+    if model.device.type == "cpu" and supported(model.config):
+        if precision == "auto":
+            precision = kernels.fastest()
+        if precision not in kernels.available():
+            raise UserError(f"--precision {precision} needs an x86 processor with AVX2: take float32, or auto")
+        return Decoder(model, precision, limit)
+    dtype: Any = _dtype(model.device, precision)
+    return TransformersEngine(model.to(dtype))
+
+
+def _dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Of the weights in transformers' own code, which has no int8 that is worth its time."""
+    if precision == "int8":
+        raise UserError("--precision int8 is for GPT-2 and Llama models on a CPU: take auto")
+    return pick_dtype(device) if precision == "auto" else getattr(torch, precision)
 
 
 def _source(name: str) -> dict[str, Any]:

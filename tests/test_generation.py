@@ -205,10 +205,11 @@ def test_stopping_keeps_what_was_said(talk):
     assert say(talk, "go on")
 
 
-def test_an_interrupted_forward_pass_leaves_no_trace(talk, monkeypatch):
+def test_an_interrupted_forward_pass_leaves_no_trace(merged, monkeypatch):
+    engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(merged))
+    talk = Conversation(Model(engine, AutoTokenizer.from_pretrained(merged), 96))
     reply = say(talk, "Hello")
     talk.undo()
-    engine = talk.model.engine
     forward, calls = engine.model.forward, []
 
     def interrupted(*args, **kwargs):
@@ -333,7 +334,7 @@ def test_an_adapter_folder_is_merged_into_its_base(random_gpt2, tmp_path):
 def test_broken_weights_are_one_line(merged):
     broken = load(str(merged), "float32")
     with torch.no_grad():
-        broken.engine.model.transformer.ln_f.weight.fill_(torch.nan)
+        broken.engine.weights.embedding.fill_(torch.nan)
     talk = Conversation(broken)
     with pytest.raises(UserError, match="not finite"):
         say(talk, "Hi")

@@ -1,0 +1,167 @@
+"""The decoder of our own against transformers: the same logits, whatever happened before."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
+
+from dialogue import decoder, kernels
+from dialogue.decoder import Decoder, supported
+
+CONTEXT = 80
+LLAMA = {
+    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=300, n_positions=CONTEXT, n_embd=48, n_layer=3, n_head=4),
+    "llama, three queries a key": LlamaConfig(**LLAMA),
+    "llama, wide heads, biases": LlamaConfig(**LLAMA, head_dim=16, attention_bias=True, mlp_bias=True),
+    "llama, its own head, stretched": LlamaConfig(**LLAMA, tie_word_embeddings=False, rope_parameters=LLAMA3),
+}
+
+
+def random_model(config):
+    """Real architecture, random weights; biases and norms too, which start as 0 and 1."""
+    torch.manual_seed(0)
+    model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif "embed" not in name and "wte" not in name:
+                parameter.mul_(3)
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=str)
+def model(request):
+    return random_model(CONFIGS[request.param])
+
+
+@torch.no_grad()
+def expected(model, ids):
+    """(V,) by transformers, which reads everything anew."""
+    return model(torch.tensor([ids])).logits[0, -1]
+
+
+def tokens(count, seed=1):
+    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_float32_is_what_transformers_computes(model, monkeypatch):
+    assert supported(model.config)
+    monkeypatch.setattr(decoder, "CHUNK", 16)  # a prompt is read in pieces
+    engine, ids = Decoder(model, "float32", CONTEXT), tokens(CONTEXT)
+    whole = model(torch.tensor([ids])).logits[0].detach()
+    torch.testing.assert_close(engine.step(ids[:41]), whole[40], rtol=1e-4, atol=1e-4)
+    for place in range(41, CONTEXT):  # to the last position, one by one
+        torch.testing.assert_close(engine.step(ids[place : place + 1]), whole[place], rtol=1e-4, atol=1e-4)
+    assert engine.length == CONTEXT
+    engine.reset()
+    torch.testing.assert_close(engine.read(ids[:12], 12), whole[:12], rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 25), st.booleans()), min_size=1, max_size=8))
+def test_reading_forgetting_and_interrupts_in_any_order(turns):
+    for model, engine in ENGINES:
+        engine.reset()
+        ids = []
+        for number, (count, forgotten, interrupted) in enumerate(turns):
+            ids = ids[: max(len(ids) - forgotten, 0)]
+            engine.truncate(len(ids))
+            new = tokens(count, number)
+            if len(ids) + count > CONTEXT:
+                continue
+            if interrupted:
+                with pytest.raises(KeyboardInterrupt):
+                    interrupt(engine, new)
+            ids += new
+            torch.testing.assert_close(engine.step(new), expected(model, ids), rtol=1e-4, atol=1e-4)
+            assert engine.length == len(ids)
+
+
+def interrupt(engine, ids):
+    """Ctrl-C in the second of three layers, whose keys and values are written by then."""
+
+    def raises(x):
+        raise KeyboardInterrupt
+
+    whole = engine.weights
+    broken = [whole.layers[0], whole.layers[1]._replace(down=raises), whole.layers[2]]
+    engine.weights = whole._replace(layers=broken)
+    try:
+        engine.step(ids)
+    finally:
+        engine.weights = whole
+
+
+ENGINES = [
+    (peer, Decoder(peer, "float32", CONTEXT))
+    for peer in (random_model(CONFIGS["gpt2"]), random_model(CONFIGS["llama, three queries a key"]))
+]
+
+
+@pytest.mark.parametrize(("precision", "most"), [("float16", 1e-6), ("bfloat16", 2e-3), ("int8", 2e-3)])
+def test_fewer_bits_stay_close(model, precision, most):
+    """KL divergence of the next token from float32, in nats, on average."""
+    if precision not in kernels.available():
+        pytest.skip("this processor has no such kernel")
+    ids = tokens(CONTEXT)
+    stored = model.half() if precision == "float16" else model  # a merged model is stored in float16
+    whole = Decoder(stored, "float32", CONTEXT).read(ids, CONTEXT).log_softmax(-1)
+    fewer = Decoder(stored, precision, CONTEXT).read(ids, CONTEXT).log_softmax(-1)
+    model.float()
+    divergence = (whole.exp() * (whole - fewer)).sum(-1).mean()
+    assert 0 <= divergence + 1e-7 < most, f"{divergence:.2e} nats"
+
+
+@pytest.mark.skipif("int8" not in kernels.available(), reason="no such kernel")
+def test_int8_reads_a_token_the_same_in_any_company(model):
+    ids = tokens(40)
+    together = Decoder(model, "int8", CONTEXT)
+    logits = together.step(ids)
+    alone = Decoder(model, "int8", CONTEXT)
+    for token in ids:
+        last = alone.step([token])
+    torch.testing.assert_close(last, logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.skipif("int8" not in kernels.available(), reason="no such kernel")
+def test_an_int8_product_is_a_rounded_weight_times_the_whole_activation():
+    torch.manual_seed(0)
+    weight, bias = torch.randn(70, 96), torch.randn(70)
+    weight[:, 5] *= 40
+    x = torch.randn(3, 96) * torch.tensor([1e-3, 1.0, 1e3])[:, None]
+    x[:, 7] *= 200  # an outlier, which would drown the others in 8 bits
+    x[2] = 0
+    exact = torch.nn.functional.linear(x, weight, bias)
+    got = kernels.int8(weight, bias)(x)
+    row_error = (got - exact).norm(dim=1) / (x.norm(dim=1) * weight.norm() / 96**0.5 + 1)
+    assert row_error.max() < 0.01
+    torch.testing.assert_close(got[2], bias)
+    rows = torch.eye(96)  # each column of the weight, alone
+    assert (kernels.int8(weight, None)(rows).T - weight).abs().max() < weight.abs().max() / 100
+
+
+def test_auto_takes_one_that_is_there():
+    assert kernels.fastest() in kernels.available()
+    assert {"float32", "bfloat16"} <= set(kernels.available()) <= set(kernels.KERNELS)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(activation_function="relu"),
+        GPT2Config(scale_attn_by_inverse_layer_idx=True),
+        LlamaConfig(**LLAMA, hidden_act="gelu"),
+        LlamaConfig(**LLAMA, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        MistralConfig(),
+    ],
+)
+def test_a_model_that_differs_is_left_to_transformers(config):
+    assert not supported(config)
