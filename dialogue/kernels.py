@@ -43,16 +43,10 @@ def int8(weight: Tensor, bias: Tensor | None) -> Product:
     Example with steps of 1 and a magnification of 100: 3.14 -> 3 and 14, and w * 3.14 = w * 3 + w * 14 / 100.
     Each token has a scale of its own, so that it does not matter in which company it is read.
     """
-    w = weight.float()
-    # A row's largest weight sets its steps. Large columns are made smaller, and what they meet larger, by the
-    # root of their size: that took 40 % off the KL divergence from the float32 model (SmolLM2-135M).
-    column = w.square().mean(0).sqrt_().clamp_(min=1e-12).sqrt_()
-    w = w / column
-    scale = (w.abs().amax(1) / 127).clamp_(min=1e-12)
-    rounded = (w / scale[:, None]).round_().to(torch.int8)
+    rounded, scale, column = _quantise(weight)
     with warnings.catch_warnings():  # it says that quantized tensors are old: the kernels are not
         warnings.simplefilter("ignore")
-        zeros = torch.zeros(len(w), dtype=torch.long)
+        zeros = torch.zeros(len(scale), dtype=torch.long)
         tensor = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zeros, 0)
     packed = torch.ops.quantized.linear_prepack(tensor, None)
     kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
@@ -60,7 +54,7 @@ def int8(weight: Tensor, bias: Tensor | None) -> Product:
 
     def product(x: Tensor) -> Tensor:
         n, x = len(x), x * column
-        step = torch.linalg.vector_norm(x, torch.inf, dim=1, keepdim=True).div_(HALF).clamp_(min=1e-30)
+        step = x.abs().amax(1, keepdim=True).add_(1e-30).mul_(1 / HALF)
         steps = x / step
         halves = torch.cat((steps, (steps - steps.round()).mul_(2 * HALF)))
         y = kernel(halves, 1.0, HALF + 1, packed)
@@ -68,6 +62,24 @@ def int8(weight: Tensor, bias: Tensor | None) -> Product:
         return y if b is None else y.add_(b)
 
     return product
+
+
+def _quantise(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, in) -> int8 (out, in), scales of the rows (out,), scales of the columns (in,).
+
+    weight = int8 * row scale * column scale. A row's largest weight sets its steps. So large columns are made
+    smaller, and what they meet larger, by the root of their size: that took 40 % off the KL divergence from the
+    float32 model (SmolLM2-135M). In blocks of rows that stay in the processor's cache, which is twice as fast.
+    """
+    blocks = weight.split(256)
+    squares = torch.stack([block.float().square().sum(0) for block in blocks]).sum(0)
+    column = (squares / len(weight)).sqrt_().clamp_(min=1e-12).sqrt_()
+    rounded, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
+    for block, to, step in zip(blocks, rounded.split(256), scale.split(256), strict=True):
+        w = block.float() / column
+        step.copy_(w.abs().amax(1).div_(127).clamp_(min=1e-12))
+        to.copy_(w.div_(step[:, None]).round_())
+    return rounded, scale, column
 
 
 def _float(bias: Tensor | None) -> Tensor | None:
