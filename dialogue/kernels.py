@@ -56,7 +56,8 @@ def int8(weight: Tensor, bias: Tensor | None) -> Product:
         n, x = len(x), x * column
         step = x.abs().amax(1, keepdim=True).add_(1e-30).mul_(1 / HALF)
         steps = x / step
-        halves = torch.cat((steps, (steps - steps.round()).mul_(2 * HALF)))
+        whole = steps.round()
+        halves = torch.cat((whole, steps.sub_(whole).mul_(2 * HALF)))
         y = kernel(halves, 1.0, HALF + 1, packed)
         y = torch.add(y[:n], y[n:], alpha=0.5 / HALF).mul_(step)
         return y if b is None else y.add_(b)
