@@ -164,7 +164,9 @@ def main() -> None:
     parser.add_argument("model", choices=("gpt2", "xl", "starter"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=50, help="new ones, a round; as many as the chat makes by default")
+    parser.add_argument(
+        "--tokens", type=int, default=50, help="new ones, a round; as many as the chat makes by default"
+    )
     parser.add_argument("--slow", action="store_true", help="also the original's loop and transformers' generate")
     parser.add_argument("--precisions", default=",".join(kernels.available()))
     parser.add_argument("--dataset", help="starter only: perplexity on 40 of its test dialogues")
