@@ -156,7 +156,7 @@ def why(chat: "Chat", rest: str) -> None:
 def save(chat: "Chat", rest: str) -> None:
     """write the conversation as JSON chat messages"""
     path = Path(os.path.expanduser(rest))
-    if path.exists():
+    if os.path.exists(path):  # Path.exists raises for a name that is too long
         from dialogue.conversation import check_messages
 
         check_messages(read_messages(path))  # nothing but an earlier conversation is overwritten

@@ -118,7 +118,7 @@ def load(name: str, precision: str = "auto") -> Model:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = pick_device()
-    adapter = Path(name, "adapter_config.json").is_file()
+    adapter = os.path.isfile(os.path.join(name, "adapter_config.json"))
     dtype: Any = torch.float32 if adapter else "auto"  # to merge in; as stored
     if device.type != "cpu":
         dtype = _dtype(device, precision)
