@@ -92,8 +92,10 @@ def estimate(
     peak = process + base + ADAM * trained + kept + max(loss, backward)
     if needs.device == "cpu":
         # Fitted to measured peaks of GPT-2 124M and 355M, 512 to 4096 tokens: oneDNN's reordered copies of the head
-        # for its two products, and gaps in the heap, of which three blocks' activations find no use.
-        peak += 2 * config.vocab_size * hidden * size + 3 * tokens * size * block
+        # for its two products, and gaps in the heap, as large as three blocks' activations. Where blocks are computed
+        # again, each of them leaves gaps of its own between the inputs that are kept.
+        gaps = max(3, config.num_hidden_layers / 4) if needs.checkpointing else 3
+        peak += 2 * config.vocab_size * hidden * size + gaps * tokens * size * block
     return int(peak)
 
 

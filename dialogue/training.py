@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from accelerate.utils import AutocastKwargs
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -226,6 +227,9 @@ def train(
     if pacing.budget:
         trainer.budget, pacing.budget.reserve = pacing.budget, pacing.evaluation_seconds
         trainer.callback_handler.callbacks.insert(0, pacing.budget)  # the others ask it for the time
+    # Trainer's fp16 is wanted for its scaled gradients alone: the weights are 16-bit already, and under autocast
+    # LayerNorm returns float32, in which bitsandbytes' int8 backward pass would then multiply.
+    trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if checkpoint:
