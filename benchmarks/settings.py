@@ -8,6 +8,8 @@ Base model, data and seed are the same for all rows; data and base are loaded on
 
 import argparse
 import copy
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -59,7 +61,9 @@ def main() -> None:
     contexts = find_contexts(talk.test, CONTEXTS, seed=0)
 
     def row(name: str, change: dict) -> list[str]:
-        fields = PRESET["training"] | {"save_strategy": "no", "eval_strategy": "no"} | change.get("training", {})
+        folder = tempfile.mkdtemp()
+        once = {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no"}
+        fields = PRESET["training"] | once | change.get("training", {})
         arguments = command_line.override(script.training_args, fields)
         transformers.set_seed(arguments.seed)
         pieces = packing.encode(tokenizer, talk.train[: round(flags.dialogues * change.get("share", 1))], length).pieces
@@ -72,8 +76,9 @@ def main() -> None:
                 ).to(base.dtype)  # fmt: skip
         model: PeftModel = lora.attach(fresh, script.lora_config, roles, PRESET["lora"] | change.get("lora", {}))
         start = time.perf_counter()
-        trained = training.train(model, tokenizer, rows, validation, arguments)
+        trained = training.train(model, tokenizer, rows, validation, arguments, run={})
         seconds = time.perf_counter() - start
+        shutil.rmtree(folder)
         said = answer(model.merge_and_unload(), tokenizer, [context.turns for context in contexts])
         figures = measure(said, set())(range(len(said)))
         return [

@@ -214,6 +214,7 @@ def test_fitted_settings_reach_the_chat(base, tuned, monkeypatch):
     assert fitted.figures["fitted"]["distance"] <= fitted.figures["defaults"]["distance"]
     settings = Sampling(temp=1.0, top_k=50, top_p=1.0, repetition_penalty=1.2)  # transformers' own defaults, mostly
     merge.write_sampler(tuned, settings, 50)
+    assert merge.read_sampler(tuned) == settings
     assert main.fitted(str(tuned)) == {
         "max_t": 50, "temp": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2,
     }  # fmt: skip
@@ -281,7 +282,14 @@ def test_the_command_prints_a_table_and_writes_json(tuned, data, tmp_path, capsy
     flags = ["--model", str(tuned), "--dataset", str(data), "--contexts", "4", "--max_t", "6", "--json", str(file)]
     evaluate.main(flags)
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("word perplexity", "all 7 dialogues", "the 6 that do not", "40 openers", "seed 0"):
+    for words in (
+        "word perplexity",
+        "sampler: defaults",
+        "all 7 dialogues",
+        "the 6 that do not",
+        "40 openers",
+        "seed 0",
+    ):
         assert words in printed
     found = json.loads(file.read_text())
     one = found["tuned"]["all 7 dialogues"]["perplexity"]
@@ -324,4 +332,6 @@ def test_contexts_are_cut_before_a_human_reply():
 def test_a_plain_gpt2_is_no_dialogue_model(random_gpt2):
     with pytest.raises(UserError, match="no dialogue model"):
         evaluate.main(["--model", str(random_gpt2)])
+    with pytest.raises(UserError, match="no fitted sampler"):
+        merge.read_sampler(random_gpt2)
     assert gpt2_tokenizer().eos_token != "<END>"
