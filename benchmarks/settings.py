@@ -19,7 +19,7 @@ from peft import PeftModel
 
 import Fine_tuningmodel as script
 from dialogue import base_model as base_models
-from dialogue import command_line, corpus, lora, packing, report, training
+from dialogue import command_line, corpus, fast, lora, packing, report, training
 from dialogue.prompt import add_roles
 from dialogue.replies import Reply, answer, find_contexts, measure
 from dialogue.scores import hold_out
@@ -56,6 +56,8 @@ def main() -> None:
     roles = add_roles(tokenizer)
     device = base_models.pick_device()
     base = base_models.load_base(PRESET["base_model"], base_models.pick_dtype(device), device, tokenizer)
+    fast.keep_freed_memory()
+    fast.trim_base(base)
     length = PRESET["max_length"]
     validation = hold_out(packing.encode(tokenizer, talk.validation[:100], length).pieces, tokenizer, length)
     contexts = find_contexts(talk.test, CONTEXTS, seed=0)
@@ -75,6 +77,7 @@ def main() -> None:
                     base.config.initializer_range
                 ).to(base.dtype)  # fmt: skip
         model: PeftModel = lora.attach(fresh, script.lora_config, roles, PRESET["lora"] | change.get("lora", {}))
+        fast.speed_up(model)
         start = time.perf_counter()
         trained = training.train(model, tokenizer, rows, validation, arguments, run={})
         seconds = time.perf_counter() - start

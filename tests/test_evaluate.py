@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dialogue import evaluate, fitting, merge, packing, replies
+import Fine_tuningmodel as script
+from dialogue import evaluate, fast, fitting, lora, merge, packing, replies
 from dialogue.base_model import load_base
 from dialogue.corpus import Corpus, fold, load_corpus, without_leaks, without_overlap
 from dialogue.errors import UserError, exit_code
@@ -146,6 +147,17 @@ def test_greedy_replies_are_those_of_transformers_whatever_the_batch(base):
         said = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
         assert reply.text == tokenizer.decode(said[said != roles.end]).strip()
         assert reply.ended == (roles.end in said)
+
+
+def test_a_model_in_training_answers_a_batch_as_its_base_does(base):
+    """Untrained LoRA changes nothing, and neither does what makes its training fast."""
+    model, tokenizer = copy.deepcopy(base[0]), base[1]
+    contexts = [turns[:1] for turns in TALK]
+    expected = answer(model, tokenizer, contexts, Sampling(temp=0), max_t=12)
+    fast.trim_base(model)
+    training = lora.attach(model, script.lora_config, add_roles(tokenizer))
+    fast.speed_up(training)
+    assert answer(training, tokenizer, contexts, Sampling(temp=0), max_t=12) == expected
 
 
 def test_replies_repeat_and_leave_the_random_state_alone(base):
