@@ -8,6 +8,8 @@ Base model, data and seed are the same for all rows; data and base are loaded on
 
 import argparse
 import copy
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from peft import PeftModel
 
 import Fine_tuningmodel as script
 from dialogue import base_model as base_models
-from dialogue import command_line, corpus, lora, packing, report, training
+from dialogue import command_line, corpus, fast, lora, packing, report, training
 from dialogue.prompt import add_roles
 from dialogue.replies import Reply, answer, find_contexts, measure
 from dialogue.scores import hold_out
@@ -54,12 +56,16 @@ def main() -> None:
     roles = add_roles(tokenizer)
     device = base_models.pick_device()
     base = base_models.load_base(PRESET["base_model"], base_models.pick_dtype(device), device, tokenizer)
+    fast.keep_freed_memory()
+    fast.trim_base(base)
     length = PRESET["max_length"]
     validation = hold_out(packing.encode(tokenizer, talk.validation[:100], length).pieces, tokenizer, length)
     contexts = find_contexts(talk.test, CONTEXTS, seed=0)
 
     def row(name: str, change: dict) -> list[str]:
-        fields = PRESET["training"] | {"save_strategy": "no", "eval_strategy": "no"} | change.get("training", {})
+        folder = tempfile.mkdtemp()
+        once = {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no"}
+        fields = PRESET["training"] | once | change.get("training", {})
         arguments = command_line.override(script.training_args, fields)
         transformers.set_seed(arguments.seed)
         pieces = packing.encode(tokenizer, talk.train[: round(flags.dialogues * change.get("share", 1))], length).pieces
@@ -71,9 +77,11 @@ def main() -> None:
                     base.config.initializer_range
                 ).to(base.dtype)  # fmt: skip
         model: PeftModel = lora.attach(fresh, script.lora_config, roles, PRESET["lora"] | change.get("lora", {}))
+        fast.speed_up(model)
         start = time.perf_counter()
-        trained = training.train(model, tokenizer, rows, validation, arguments)
+        trained = training.train(model, tokenizer, rows, validation, arguments, run={})
         seconds = time.perf_counter() - start
+        shutil.rmtree(folder)
         said = answer(model.merge_and_unload(), tokenizer, [context.turns for context in contexts])
         figures = measure(said, set())(range(len(said)))
         return [

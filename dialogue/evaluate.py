@@ -27,7 +27,7 @@ from dialogue import merge, packing
 from dialogue.corpus import Dialogues, fold, load_corpus, without_leaks, without_overlap
 from dialogue.errors import UserError, exit_code
 from dialogue.prompt import find_roles
-from dialogue.replies import OPENERS, Context, Reply, answer, check_openers, find_contexts, measure
+from dialogue.replies import CHAT, OPENERS, Context, Reply, answer, check_openers, find_contexts, measure
 from dialogue.scores import Estimate, Score, bootstrap, score_each
 from dialogue.storage import RUN_FILE, write_json
 
@@ -47,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--max_dialogues", type=int, metavar="N", help="the first N of the split only")
     add("--contexts", type=int, default=200, metavar="N", help="replies to generate (default: %(default)s)")
     add("--max_t", type=int, default=60, metavar="N", help="tokens of a reply, at most (default: %(default)s)")
+    add("--sampler", choices=["defaults", "fitted"], default="defaults", help="as for main.py")
     add("--seed", type=int, default=0, metavar="N", help="of contexts, replies and intervals (default: %(default)s)")
     add("--references", action="store_true", help="BLEU and ROUGE-L too (pip install " + REFERENCE_PACKAGES + ")")
     add("--json", type=Path, metavar="FILE", help="write all figures there as well")
@@ -88,7 +89,11 @@ def main(argv: list[str] | None = None) -> None:
         base_models.free()
     people = [Reply(context.human, True) for context in contexts]
     results["people"] = {"replies": bootstrap(len(people), measure(people, known), flags.seed)}
-    show(console, results, f"{talk.source}, {flags.split} split, seed {flags.seed}; with 95 % intervals")
+    show(
+        console,
+        results,
+        f"{talk.source}, {flags.split} split; sampler: {flags.sampler}; seed {flags.seed}; 95 % intervals",
+    )
     if flags.json:
         named = {who: {on: {n: e._asdict() for n, e in f.items()} for on, f in r.items()} for who, r in results.items()}
         facts = {name: str(value) for name, value in vars(flags).items() if name not in ("json", "debug")}
@@ -117,13 +122,18 @@ def generated(
     model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[Context], known: set[str], flags: argparse.Namespace
 ) -> dict[str, dict[str, Estimate]]:
     """Figures of the model's own replies: to contexts of the split, and to the openers."""
-    replies = answer(model, tokenizer, [context.turns for context in contexts], max_t=flags.max_t, seed=flags.seed)
+    sampling = CHAT if flags.sampler == "defaults" else merge.read_sampler(Path(flags.model))
+
+    def ask(turns: Dialogues) -> list[Reply]:
+        return answer(model, tokenizer, turns, sampling, flags.max_t, flags.seed)
+
+    replies = ask([context.turns for context in contexts])
     found = {"replies": bootstrap(len(replies), measure(replies, known), flags.seed)}
     if flags.references:
         people = [context.human for context in contexts]
         found["replies"] |= bootstrap(len(replies), references(replies, people), flags.seed)
-    to_openers = answer(model, tokenizer, [[opener] for opener in OPENERS], max_t=flags.max_t, seed=flags.seed)
-    checks = {name: np.array(passed) for name, passed in check_openers(OPENERS, to_openers).items()}
+    to_openers = check_openers(OPENERS, ask([[opener] for opener in OPENERS]))
+    checks = {name: np.array(passed) for name, passed in to_openers.items()}
     shares = bootstrap(
         len(OPENERS),
         lambda at: {f"share_that_{n}": float(passed[at].mean()) for n, passed in checks.items()},

@@ -81,6 +81,15 @@ def write_sampler(folder: Path, sampling: Sampling, max_t: int) -> None:
     config.save_pretrained(folder)
 
 
+def read_sampler(folder: Path) -> Sampling:
+    """The settings that `write_sampler` wrote. Raises UserError where there are none."""
+    try:
+        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        return Sampling(config.temperature, config.top_k, config.top_p, 0.0, config.repetition_penalty)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no fitted sampler in its generation_config.json") from error
+
+
 def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The merged model as anyone would load it."""
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}

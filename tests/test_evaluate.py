@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dialogue import evaluate, fitting, merge, packing, replies
+import Fine_tuningmodel as script
+from dialogue import evaluate, fast, fitting, lora, merge, packing, replies
 from dialogue.base_model import load_base
 from dialogue.corpus import Corpus, fold, load_corpus, without_leaks, without_overlap
 from dialogue.errors import UserError, exit_code
@@ -148,6 +149,17 @@ def test_greedy_replies_are_those_of_transformers_whatever_the_batch(base):
         assert reply.ended == (roles.end in said)
 
 
+def test_a_model_in_training_answers_a_batch_as_its_base_does(base):
+    """Untrained LoRA changes nothing, and neither does what makes its training fast."""
+    model, tokenizer = copy.deepcopy(base[0]), base[1]
+    contexts = [turns[:1] for turns in TALK]
+    expected = answer(model, tokenizer, contexts, Sampling(temp=0), max_t=12)
+    fast.trim_base(model)
+    training = lora.attach(model, script.lora_config, add_roles(tokenizer))
+    fast.speed_up(training)
+    assert answer(training, tokenizer, contexts, Sampling(temp=0), max_t=12) == expected
+
+
 def test_replies_repeat_and_leave_the_random_state_alone(base):
     model, tokenizer = base
     before = torch.get_rng_state()
@@ -214,6 +226,7 @@ def test_fitted_settings_reach_the_chat(base, tuned, monkeypatch):
     assert fitted.figures["fitted"]["distance"] <= fitted.figures["defaults"]["distance"]
     settings = Sampling(temp=1.0, top_k=50, top_p=1.0, repetition_penalty=1.2)  # transformers' own defaults, mostly
     merge.write_sampler(tuned, settings, 50)
+    assert merge.read_sampler(tuned) == settings
     assert main.fitted(str(tuned)) == {
         "max_t": 50, "temp": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2,
     }  # fmt: skip
@@ -281,7 +294,14 @@ def test_the_command_prints_a_table_and_writes_json(tuned, data, tmp_path, capsy
     flags = ["--model", str(tuned), "--dataset", str(data), "--contexts", "4", "--max_t", "6", "--json", str(file)]
     evaluate.main(flags)
     printed = " ".join(capsys.readouterr().out.split())
-    for words in ("word perplexity", "all 7 dialogues", "the 6 that do not", "40 openers", "seed 0"):
+    for words in (
+        "word perplexity",
+        "sampler: defaults",
+        "all 7 dialogues",
+        "the 6 that do not",
+        "40 openers",
+        "seed 0",
+    ):
         assert words in printed
     found = json.loads(file.read_text())
     one = found["tuned"]["all 7 dialogues"]["perplexity"]
@@ -324,4 +344,6 @@ def test_contexts_are_cut_before_a_human_reply():
 def test_a_plain_gpt2_is_no_dialogue_model(random_gpt2):
     with pytest.raises(UserError, match="no dialogue model"):
         evaluate.main(["--model", str(random_gpt2)])
+    with pytest.raises(UserError, match="no fitted sampler"):
+        merge.read_sampler(random_gpt2)
     assert gpt2_tokenizer().eos_token != "<END>"
