@@ -10,7 +10,7 @@ inserted by id. Text is encoded with special tokens split, so "<END>" typed by a
 in a dataset stays seven ordinary characters and never becomes a control token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -53,11 +53,16 @@ def add_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
 
 def find_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
     """The ids of the three role tokens. Raises LookupError where the tokenizer lacks one."""
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in (USER, BOT, END) if token not in vocabulary]
+    tokens = [USER, BOT, END]
+    ids: Any = tokenizer.convert_tokens_to_ids(tokens)  # not `get_vocab`, which builds a dictionary of all tokens
+    missing = [
+        token
+        for token, number in zip(tokens, ids, strict=True)
+        if number is None or tokenizer.convert_ids_to_tokens(number) != token  # an unknown one gets the unknown's id
+    ]
     if missing:
         raise LookupError(f"the tokenizer has no {', '.join(missing)}")
-    return Roles(vocabulary[USER], vocabulary[BOT], vocabulary[END])
+    return Roles(*ids)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
