@@ -118,11 +118,6 @@ def load(name: str, precision: str = "auto") -> Model:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     device = pick_device()
-    adapter = os.path.isfile(os.path.join(name, "adapter_config.json"))
-    dtype: Any = torch.float32 if adapter else "auto"  # to merge in; as stored
-    if device.type != "cpu":
-        dtype = _dtype(device, precision)
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     if problem := storage.damage(Path(name), HASHED_BELOW):
         raise UserError(
             f"{name} is broken: {problem}; write it again, or where you changed it, delete its {storage.MANIFEST}"
@@ -130,6 +125,11 @@ def load(name: str, precision: str = "auto") -> Model:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **_source(name))
         find_roles(tokenizer)
+        adapter = Path(name, "adapter_config.json").is_file()
+        dtype: Any = torch.float32 if adapter else "auto"  # to merge in; as stored
+        if device.type != "cpu":
+            dtype = _dtype(device, precision)
+        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
         model = _load_adapter(name, tokenizer, options) if adapter else _load_weights(name, options)
         limit = context_length(model.config)
     except UserError:
