@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dialogue import kernels, packages
 from dialogue.base_model import STARTER, resolve
 from dialogue.corpus import load_corpus
-from dialogue.decoder import Decoder
+from dialogue.decoder import CHUNK, Decoder
 from dialogue.prompt import encode_text
 from dialogue.sampling import Sampling, candidates, draw
 
@@ -142,7 +142,8 @@ def perplexity(engine: Decoder, texts: list[list[int]]) -> float:
     nats, count = 0.0, 0
     for ids in texts:
         engine.reset()
-        logs = engine.read(ids, len(ids)).log_softmax(-1)[:-1]
+        pieces = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
+        logs = torch.cat([engine.read(piece, len(piece)) for piece in pieces]).log_softmax(-1)[:-1]
         nats -= float(logs.gather(1, torch.tensor(ids[1:])[:, None]).sum())
         count += len(ids) - 1
     return math.exp(nats / count)
