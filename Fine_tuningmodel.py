@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.per_device_train_batch_size, length, packing.mean_span(rows), dtype, device=device.type
     )
     dropout = lora_changes.get("lora_dropout", lora_config.lora_dropout)
-    fixed = memory.decided(flags.load_in_8bit, training_flags, arguments, device)
+    fixed = memory.decided(flags.load_in_8bit, training_flags, arguments, device, parameters)
     available = memory.free(device, arguments.world_size)
     needs, expected = pace.agreed(memory.choose(config, lora_config.r, dropout, needs, available, fixed))
     needs = needs._replace(**begun.decided.get("needs", {}))

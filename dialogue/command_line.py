@@ -53,7 +53,8 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--adapter_dir", metavar="DIR", help="where the adapters go")
     add("--merged_dir", metavar="DIR", help="where the merged model goes")
     add("--load_in_8bit", choices=["auto", "yes", "no"], default="auto",
-        help="8-bit base weights while training; auto: where memory asks for it")  # fmt: skip
+        help="8-bit base weights while training; auto: on a GPU from a billion parameters on, "
+        "or where memory asks for it")  # fmt: skip
     add("--budget", metavar="TIME", help="train for so long (90s, 20m, 1h30m), evaluations included, instead of epochs")
     add("--keep_dropout", action="store_true", help="leave the base model's own dropout on (a frozen base needs none)")
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")

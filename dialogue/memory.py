@@ -141,12 +141,18 @@ def peak_memory(device: torch.device) -> int:
 
 
 def decided(
-    load_in_8bit: str, flags: dict[str, Any], arguments: TrainingArguments, device: torch.device
+    load_in_8bit: str, flags: dict[str, Any], arguments: TrainingArguments, device: torch.device, parameters: int
 ) -> dict[str, bool]:
-    """The fields of `Needs` that are not to be chosen: a flag or an edited value says so, or the device."""
+    """The fields of `Needs` that are not to be chosen: a flag or an edited value says so, or the device.
+
+    On a GPU, a model of a billion parameters is taken in 8 bits also where more would fit: little memory is what
+    `quant_config` is for.
+    """
     fixed = {}
     if load_in_8bit != "auto" or device.type == "mps":  # bitsandbytes has no kernels for MPS
         fixed["in_8bit"] = load_in_8bit == "yes"
+    elif device.type == "cuda" and parameters >= 1_000_000_000:
+        fixed["in_8bit"] = True
     if arguments.activation_checkpointing or {"activation_checkpointing", "gradient_checkpointing"} & set(flags):
         fixed["checkpointing"] = bool(arguments.activation_checkpointing)
     return fixed

@@ -90,7 +90,11 @@ def test_a_flag_is_not_overruled(tmp_path):
     cpu = torch.device("cpu")
     arguments = TrainingArguments(output_dir=tmp_path)
     flags, fields = parse(["--gradient_checkpointing", "False", "--load_in_8bit", "no"], {"xl": {}})
-    assert memory.decided(flags.load_in_8bit, fields, arguments, cpu) == {"in_8bit": False, "checkpointing": False}
-    assert memory.decided("auto", {}, arguments, cpu) == {}
+    assert memory.decided(flags.load_in_8bit, fields, arguments, cpu, 10**8) == {"in_8bit": False, "checkpointing": False}
+    assert memory.decided("auto", {}, arguments, cpu, 10**10) == {}
+    gpu = torch.device("cuda")
+    assert memory.decided("auto", {}, arguments, gpu, 10**8) == {}
+    assert memory.decided("auto", {}, arguments, gpu, 10**10) == {"in_8bit": True}
+    assert memory.decided("no", {}, arguments, gpu, 10**10) == {"in_8bit": False}
     edited = TrainingArguments(output_dir=tmp_path, activation_checkpointing=True)
-    assert memory.decided("auto", {}, edited, cpu) == {"checkpointing": True}
+    assert memory.decided("auto", {}, edited, cpu, 10**8) == {"checkpointing": True}
