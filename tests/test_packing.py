@@ -51,8 +51,11 @@ def test_what_does_not_fit_is_counted(tokenizer):
 @given(st.lists(lengths, min_size=1, max_size=30))
 def test_packing_keeps_every_token_and_rows_are_full(dialogues):
     class Tokenizer:
-        def get_vocab(self):
-            return {"<USER>": USER, "<BOT>": BOT, "<END>": END}
+        def convert_tokens_to_ids(self, tokens):
+            return [USER, BOT, END]
+
+        def convert_ids_to_tokens(self, number):
+            return {USER: "<USER>", BOT: "<BOT>", END: "<END>"}[number]
 
     pieces = [piece for lengths in dialogues for piece in cut_dialogue(turns_of(lengths), 128)]
     rows = pack(pieces, Tokenizer(), 128, "both")
