@@ -90,7 +90,10 @@ def test_a_flag_is_not_overruled(tmp_path):
     cpu = torch.device("cpu")
     arguments = TrainingArguments(output_dir=tmp_path)
     flags, fields = parse(["--gradient_checkpointing", "False", "--load_in_8bit", "no"], {"xl": {}})
-    assert memory.decided(flags.load_in_8bit, fields, arguments, cpu, 10**8) == {"in_8bit": False, "checkpointing": False}
+    assert memory.decided(flags.load_in_8bit, fields, arguments, cpu, 10**8) == {
+        "in_8bit": False,
+        "checkpointing": False,
+    }
     assert memory.decided("auto", {}, arguments, cpu, 10**10) == {}
     gpu = torch.device("cuda")
     assert memory.decided("auto", {}, arguments, gpu, 10**8) == {}
