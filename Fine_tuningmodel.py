@@ -103,7 +103,7 @@ presets: dict[str, dict] = {
         "training": {
             "num_train_epochs": 1,
             "per_device_train_batch_size": 4,
-            "learning_rate": 1e-3,
+            "learning_rate": 2e-3,
             "eval_strategy": "steps",
             "eval_steps": 0.34,  # twice on the way, so that one can watch it learn
         },
