@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dialogue import hub, packages, storage
-from dialogue.errors import UserError
+from dialogue.errors import UserError, in_a_line
 from dialogue.prompt import BOT, END, USER, has_vocabulary
 
 # Which projections carry LoRA where `lora_config` names none that the model has.
@@ -78,10 +78,15 @@ def context_length(config: PretrainedConfig) -> int:
     return config.max_position_embeddings
 
 
-def count_parameters(config: PretrainedConfig) -> int:
-    """Parameters of the model, tied ones once; from the config alone, without memory for them."""
+def without_weights(config: PretrainedConfig) -> PreTrainedModel:
+    """The model that `config` describes, without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def count_parameters(config: PretrainedConfig) -> int:
+    """Parameters of the model, tied ones once; from the config alone."""
+    return without_weights(config).num_parameters()
 
 
 def licence(name: str) -> str:
@@ -95,7 +100,7 @@ def resolve(name: str) -> str:
     return str(starter_folder()) if name == STARTER else name
 
 
-def _source(name: str) -> dict[str, Any]:
+def where(name: str) -> dict[str, Any]:
     """The disk alone, for a folder, or while the hub does not answer; and never code that lies beside a model.
 
     Without a word on such code, transformers asks at the terminal whether to run it.
@@ -133,7 +138,7 @@ def starter_folder() -> Path:
 def load_config(name: str) -> PretrainedConfig:
     """The base model's config. Raises UserError where there is none to be had, or none of a language model."""
     try:
-        config = AutoConfig.from_pretrained(resolve(name), **_source(name))
+        config = AutoConfig.from_pretrained(resolve(name), **where(name))
         if count_parameters(config) and context_length(config):
             return config
         raise ValueError("it has no parameters, or no context")
@@ -146,7 +151,7 @@ def load_config(name: str) -> PretrainedConfig:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, as it comes. Raises UserError where there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name), **where(name))
         if has_vocabulary(tokenizer):
             return tokenizer
         raise ValueError("its tokenizer has no vocabulary")
@@ -180,7 +185,7 @@ def load_base(
             quantization_config=quant_config,
             use_safetensors=True,
             output_loading_info=True,
-            **_source(name),
+            **where(name),
         )
         model, found = loaded
         if found["missing_keys"]:  # transformers would go on with random weights
@@ -211,7 +216,7 @@ def free(*_: object) -> None:
 
 
 def _unavailable(name: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:200]
+    reason = in_a_line(error)
     if os.path.isdir(name):
         return UserError(f"{name} holds no usable model: {reason}")
     return UserError(

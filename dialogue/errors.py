@@ -15,6 +15,11 @@ class UserError(Exception):
     """Something a person can put right. Its text is one line: what is wrong, and what to do."""
 
 
+def in_a_line(error: Exception) -> str:
+    """What a library's error says, in one plain line of at most 200 characters; its kind where it says nothing."""
+    return plain(" ".join(str(error).split()))[:200] or type(error).__name__
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ends the run. Like Ctrl-C it is no `Exception`, which libraries catch and go on."""
 

@@ -15,11 +15,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dialogue import hub, kernels, storage
-from dialogue.base_model import context_length, pick_device, pick_dtype
+from dialogue import kernels, storage
+from dialogue.base_model import context_length, pick_device, pick_dtype, where
 from dialogue.decoder import Decoder, supported
-from dialogue.errors import UserError
-from dialogue.plaintext import plain
+from dialogue.errors import UserError, in_a_line
 from dialogue.prompt import find_roles, has_vocabulary
 
 # Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
@@ -123,7 +122,7 @@ def load(name: str, precision: str = "auto") -> Model:
             f"{name} is broken: {problem}; write it again, or where you changed it, delete its {storage.MANIFEST}"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **_source(name))
+        tokenizer = AutoTokenizer.from_pretrained(name, **where(name))
         find_roles(tokenizer)
         adapter = Path(name, "adapter_config.json").is_file()
         dtype: Any = torch.float32 if adapter else "auto"  # to merge in; as stored
@@ -139,10 +138,10 @@ def load(name: str, precision: str = "auto") -> Model:
     except Exception as error:  # a broken folder fails in a library, in as many ways as there are files
         if os.path.isdir(name):
             raise UserError(
-                f"{name} cannot be loaded: {_line(error)}; write it again, or take another --model"
+                f"{name} cannot be loaded: {in_a_line(error)}; write it again, or take another --model"
             ) from error
         raise UserError(
-            f"{name} cannot be loaded: no such folder, and not to be had from the hub: {_line(error)}"
+            f"{name} cannot be loaded: no such folder, and not to be had from the hub: {in_a_line(error)}"
         ) from error
     rows = model.get_output_embeddings().weight.shape[0]
     if rows <= max(tokenizer.get_vocab().values()):
@@ -171,13 +170,8 @@ def _dtype(device: torch.device, precision: str) -> torch.dtype:
     return pick_dtype(device) if precision == "auto" else getattr(torch, precision)
 
 
-def _source(name: str) -> dict[str, Any]:
-    """Where to look for `name`, without asking a hub that does not answer, and never for code."""
-    return {"local_files_only": os.path.isdir(name) or not hub.reachable(), "trust_remote_code": False}
-
-
 def _load_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **_source(name), **options, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where(name), **options, output_loading_info=True)
     model, found = loaded
     if found["missing_keys"]:  # transformers would go on with random weights
         raise UserError(f"{name} is broken: weights are missing, {min(found['missing_keys'])} for one")
@@ -194,11 +188,7 @@ def _load_adapter(name: str, tokenizer: PreTrainedTokenizerBase, options: dict[s
     try:
         model: Any = _load_weights(base, options)
     except Exception as error:
-        raise UserError(f"{name} holds adapters of {base}, which cannot be loaded: {_line(error)}") from error
+        raise UserError(f"{name} holds adapters of {base}, which cannot be loaded: {in_a_line(error)}") from error
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # the adapter brings the new rows
     return PeftModel.from_pretrained(model, name).merge_and_unload()
-
-
-def _line(error: Exception) -> str:
-    return plain(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.utils import get_session
 
-from dialogue.errors import UserError
+from dialogue.errors import UserError, in_a_line
 
 
 @cache
@@ -30,7 +30,7 @@ def check_login(token: str | None) -> None:
     try:
         huggingface_hub.HfApi(token=token).whoami()
     except Exception as error:  # no token, a wrong one, no network: the client has an exception for each
-        raise UserError(f"--push_to_hub: {_line(error)}; log in with `hf auth login`, or leave it out") from error
+        raise UserError(f"--push_to_hub: {in_a_line(error)}; log in with `hf auth login`, or leave it out") from error
 
 
 def push(adapters: Path, merged: Path, name: str | None, private: bool | None, token: str | None) -> list[str]:
@@ -53,11 +53,8 @@ def push(adapters: Path, merged: Path, name: str | None, private: bool | None, t
             api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Fine-tuned with LoRA")
         except Exception as error:
             raise UserError(
-                f"{folder} was not uploaded: {_line(error)}; it is kept: `hf upload {repository} {folder}` tries again"
+                f"{folder} was not uploaded: {in_a_line(error)}; it is kept: "
+                f"`hf upload {repository} {folder}` tries again"
             ) from error
         addresses.append(str(made))
     return addresses
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

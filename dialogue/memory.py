@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, TrainingArguments
+from transformers import PretrainedConfig, TrainingArguments
 
-from dialogue.base_model import CONV1D_FAMILIES
+from dialogue.base_model import CONV1D_FAMILIES, without_weights
 from dialogue.loss import CHUNK
 
 ADAM = 16  # a trained parameter: float32 value, gradient and two moments (Kingma & Ba 2015)
@@ -42,8 +42,7 @@ class Weights(NamedTuple):
 
 def count_weights(config: PretrainedConfig) -> Weights:
     """Parameters of the model that `config` describes, without memory for them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = without_weights(config)
     ends = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and id(p) not in ends and "wpe" not in name]
     inside = sum(p.numel() for p in matrices)

@@ -78,7 +78,7 @@ def rehearse(
     check_gradients(model)
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(random_state)
-    return Rehearsal(min(seconds), sum(len(row["labels"]) for row in longest), memory.peak_memory(device))
+    return Rehearsal(min(seconds), count_tokens(longest), memory.peak_memory(device))
 
 
 @torch.no_grad()
@@ -146,7 +146,7 @@ def estimate_seconds(
     A forward pass is half of a step's work: 2 FLOP a weight and token forward, 2 more backward, since frozen
     weights get no gradient (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1).
     """
-    tokens = sum(len(row["labels"]) for row in held_out.rows)
+    tokens = count_tokens(held_out.rows)
     certified = 2 * min(tokens, 15_000)  # two models on 100 dialogues, of some 150 tokens
     forward_tokens = (1 + evaluations) * tokens / arguments.world_size + certified
     return training_seconds + forward_tokens * rehearsal.seconds / rehearsal.tokens / 2
@@ -154,7 +154,7 @@ def estimate_seconds(
 
 def affordable_share(rehearsal: Rehearsal, held_out: HeldOut, seconds: float, arguments: TrainingArguments) -> float:
     """Share of the held-out dialogues that a tenth of `seconds` is enough to score; at most 1."""
-    tokens = sum(len(row["labels"]) for row in held_out.rows) / arguments.world_size
+    tokens = count_tokens(held_out.rows) / arguments.world_size
     return min(1.0, 0.1 * seconds / (tokens * rehearsal.seconds / rehearsal.tokens / 2))
 
 

@@ -25,7 +25,7 @@ from dialogue.generation import Model, TransformersEngine
 from dialogue.lora import save_adapter
 from dialogue.loss import chunked_head
 from dialogue.pace import Budget, Paced
-from dialogue.packing import Row, collate, fill_up
+from dialogue.packing import Row, collate, count_tokens, fill_up
 from dialogue.plaintext import plain
 from dialogue.rehearsal import count_evaluations, count_steps
 from dialogue.report import duration
@@ -111,7 +111,6 @@ class Progressed(TrainerCallback):
         self.tokens_per_step = tokens_per_step
         self.evaluations, self.evaluation_seconds = evaluations, evaluation_seconds  # those still to come
         self.budget = budget
-        self.loss = math.nan
         # Standard error, as all progress bars: standard output stays for what was asked for.
         self.console = Console(stderr=True, quiet=int(os.environ.get("RANK", 0)) > 0)
         self.bar = Progress(
@@ -205,7 +204,7 @@ def train(
     """
     model.config.use_cache = False  # a cache would also switch the packed rows' mask off
     micro_batches = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    per_step = sum(len(row["labels"]) for row in rows) / len(rows) * micro_batches
+    per_step = count_tokens(rows) / len(rows) * micro_batches
     if arguments.world_size > 1:
         rows = fill_up(rows, arguments.train_batch_size * arguments.world_size)
     evaluations = count_evaluations(count_steps(len(rows), arguments), len(rows), arguments)

@@ -222,6 +222,15 @@ def test_an_unknown_name_is_no_dataset():
         load_corpus("movies")
 
 
+def holds_dialogues_or_says_why_not(path):
+    try:
+        dialogues = read_file(path, Counter())
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert all(len(turns) >= 2 and all(isinstance(turn, str) and turn for turn in turns) for turns in dialogues)
+
+
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
     lambda inner: (
@@ -236,12 +245,7 @@ ANY_JSON = st.recursive(
 @given(records=st.lists(ANY_JSON, max_size=4))
 def test_any_json_is_dialogues_or_a_user_error(records, tmp_path):
     path = write(tmp_path, "fuzz.jsonl", "".join(json.dumps(record) + "\n" for record in records))
-    try:
-        dialogues = read_file(path, Counter())
-    except UserError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(len(turns) >= 2 and all(isinstance(turn, str) and turn for turn in turns) for turns in dialogues)
+    holds_dialogues_or_says_why_not(path)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".txt", ".csv", ".zip", ".parquet"])
@@ -251,9 +255,4 @@ def test_any_json_is_dialogues_or_a_user_error(records, tmp_path):
 )
 def test_any_bytes_are_dialogues_or_a_user_error(suffix, data, tmp_path):
     path = write(tmp_path, f"fuzz{suffix}", data)
-    try:
-        dialogues = read_file(path, Counter())
-    except UserError as error:
-        assert "\n" not in str(error)
-    else:
-        assert all(len(turns) >= 2 and all(isinstance(turn, str) and turn for turn in turns) for turns in dialogues)
+    holds_dialogues_or_says_why_not(path)
