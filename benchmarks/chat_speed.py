@@ -3,14 +3,17 @@
     pip install -r benchmarks/requirements.txt       # the peers; one that is missing is "not measured"
     python benchmarks/chat_speed.py gpt2             # or xl, starter; --threads 1 for one core
 
-All contenders run in this process, in alternating rounds, so that other work on the machine meets them alike.
-GPT-2's weights are random: speed does not depend on them. A rate counts the new tokens over the whole call,
-which reads a prompt of 64 tokens first; sampling is top-k 40 and top-p 0.9. CPU seconds are those of all threads.
+Each contender has a process of its own: the thread pools of several in one slow each other down (CTranslate2's took a
+third off ours). They take turns, so that other work on the machine meets them alike. GPT-2's weights are random: speed
+does not depend on them. A rate counts the new tokens over the whole call, which reads a prompt of 64 tokens first;
+sampling is top-k 40 and top-p 0.9. CPU seconds are those of all threads.
 """
 
 import argparse
+import json
 import math
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dialogue import kernels, packages
 from dialogue.base_model import STARTER, resolve
 from dialogue.corpus import load_corpus
-from dialogue.decoder import CHUNK, Decoder
+from dialogue.decoder import Decoder
 from dialogue.prompt import encode_text
 from dialogue.sampling import Sampling, candidates, draw
 
@@ -38,8 +41,8 @@ BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8}
 Contender = Callable[[int], None]  # makes so many tokens
 
 
-def make_model(which: str, folder: Path):
-    """The model in float16, saved to `folder` for the peers; the starter's with its real weights."""
+def make_model(which: str, folder: Path) -> int:
+    """Save the model in float16 to `folder`, the starter's with its real weights; its parameters."""
     if which == "starter":
         AutoTokenizer.from_pretrained(resolve(STARTER)).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(resolve(STARTER), dtype=torch.float16)
@@ -57,8 +60,8 @@ def make_model(which: str, folder: Path):
             tokenizer_object=Tokenizer(WordLevel(words)), eos_token="<|endoftext|>", bos_token="<|endoftext|>",
             unk_token="<|endoftext|>",
         ).save_pretrained(folder)  # fmt: skip
-    model.eval().save_pretrained(folder)
-    return model
+    model.save_pretrained(folder)
+    return model.num_parameters()
 
 
 def sample(logits: torch.Tensor) -> int:
@@ -124,7 +127,8 @@ def llama_cpp_q4_1(folder: Path) -> Contender:
     return run
 
 
-def ours(model, precision: str) -> tuple[Contender, Decoder]:
+def ours(folder: Path, precision: str) -> tuple[Contender, Decoder]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
     engine = Decoder(model, precision, 1024)
 
     def run(count: int) -> None:
@@ -142,8 +146,7 @@ def perplexity(engine: Decoder, texts: list[list[int]]) -> float:
     nats, count = 0.0, 0
     for ids in texts:
         engine.reset()
-        pieces = [ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
-        logs = torch.cat([engine.read(piece, len(piece)) for piece in pieces]).log_softmax(-1)[:-1]
+        logs = engine.read(ids, len(ids)).log_softmax(-1)[:-1]
         nats -= float(logs.gather(1, torch.tensor(ids[1:])[:, None]).sum())
         count += len(ids) - 1
     return math.exp(nats / count)
@@ -159,8 +162,59 @@ def bandwidth() -> float:
     return block.nbytes / min(seconds)
 
 
+def contend(title: str, folder: Path, dataset: str | None) -> None:
+    """In a process of its own: build, say what it scores, then make as many tokens as each line of input says."""
+    score = None
+    if title in PEERS:
+        run = PEERS[title](folder)
+    else:
+        run, engine = ours(folder, title.removeprefix("ours, "))
+        if dataset:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            texts = [encode_text(tokenizer, "\n".join(turns)) for turns in load_corpus(dataset).test[:40]]
+            score = perplexity(engine, texts)
+    print(json.dumps(score), flush=True)
+    for line in sys.stdin:
+        start, worked = time.perf_counter(), time.process_time()
+        run(int(line))
+        print(json.dumps([time.perf_counter() - start, time.process_time() - worked]), flush=True)
+
+
+PEERS = {
+    "CTranslate2 int8": ctranslate2_int8,
+    "llama.cpp Q4_1": llama_cpp_q4_1,
+    "original loop, float32": original,
+    "transformers bfloat16": transformers_generate,
+}
+SLOW = ("original loop, float32", "transformers bfloat16")
+
+
+def start(command: list[str]) -> tuple[subprocess.Popen[str], float | None] | None:
+    """A contender's process and its perplexity; None where its package is missing."""
+    process = subprocess.Popen(
+        command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    ready = process.stdout.readline()
+    if ready:
+        return process, json.loads(ready)
+    error = process.communicate()[1]
+    if "ModuleNotFoundError" not in error:
+        raise RuntimeError(error)
+    return None
+
+
+def make(process: subprocess.Popen[str], count: int) -> tuple[float, float]:
+    """Let a contender make `count` tokens; tokens a second, CPU seconds a token."""
+    assert process.stdin
+    assert process.stdout
+    print(count, file=process.stdin, flush=True)
+    seconds, worked = json.loads(process.stdout.readline())
+    return count / seconds, worked / count
+
+
 def main() -> None:
-    """Build what can be built, measure in rounds, print a table."""
+    """Start what can be started, measure in rounds, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=("gpt2", "xl", "starter"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -171,55 +225,44 @@ def main() -> None:
     parser.add_argument("--slow", action="store_true", help="also the original's loop and transformers' generate")
     parser.add_argument("--precisions", default=",".join(kernels.available()))
     parser.add_argument("--dataset", help="starter only: perplexity on 40 of its test dialogues")
+    parser.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     warnings.simplefilter("ignore")
-    contenders: dict[str, Contender] = {}
-    quality: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        model = make_model(flags.model, folder)
-        peers = {"CTranslate2 int8": ctranslate2_int8}
-        if flags.model == "starter":
-            peers["llama.cpp Q4_1"] = llama_cpp_q4_1
-        if flags.slow:
-            peers |= {"original loop, float32": original, "transformers bfloat16": transformers_generate}
-        for title, build in peers.items():
-            try:
-                contenders[title] = build(folder)
-            except ImportError:
+    if flags.contender:
+        contend(flags.contender[0], Path(flags.contender[1]), flags.dataset if flags.model == "starter" else None)
+        return
+    titles = [title for title in PEERS if flags.slow or title not in SLOW]
+    titles = [title for title in titles if flags.model == "starter" or "llama" not in title]
+    titles += [f"ours, {precision}" for precision in flags.precisions.split(",")]
+    processes: dict[str, subprocess.Popen[str]] = {}
+    quality: dict[str, float | None] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = make_model(flags.model, Path(folder))
+        for title in titles:
+            started = start([sys.executable, __file__, *sys.argv[1:], "--contender", title, folder])
+            if started:
+                processes[title], quality[title] = started
+            else:
                 print(f"{title}: not measured (not installed)", file=sys.stderr)
-    texts = []
-    if flags.model == "starter" and flags.dataset:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(STARTER))
-        texts = [encode_text(tokenizer, "\n".join(turns)) for turns in load_corpus(flags.dataset).test[:40]]
-    for precision in flags.precisions.split(","):
-        start = time.perf_counter()
-        contenders[f"ours, {precision}"], engine = ours(model, precision)
-        print(f"ours, {precision}: packed in {time.perf_counter() - start:.1f} s", file=sys.stderr)
-        if texts:
-            quality[f"ours, {precision}"] = perplexity(engine, texts)
-    rates: dict[str, list[float]] = {title: [] for title in contenders}
-    cpu: dict[str, list[float]] = {title: [] for title in contenders}
-    for run in contenders.values():
-        run(2)
-    for _ in range(flags.rounds):
-        for title, run in contenders.items():
-            count = flags.tokens if title != "original loop, float32" else max(2, flags.tokens // 8)
-            start, worked = time.perf_counter(), time.process_time()
-            run(count)
-            rates[title].append(count / (time.perf_counter() - start))
-            cpu[title].append((time.process_time() - worked) / count)
+        figures: dict[str, list[tuple[float, float]]] = {title: [] for title in processes}
+        for process in processes.values():
+            make(process, 2)
+        for _ in range(flags.rounds):
+            for title, process in processes.items():
+                few = max(2, flags.tokens // 8)
+                figures[title].append(make(process, few if title.startswith("original") else flags.tokens))
+    for process in processes.values():
+        process.communicate()
     read = bandwidth()
-    parameters = model.num_parameters()
     print(f"{flags.model}: {parameters / 1e6:.0f} M parameters, {flags.threads} threads, read {read / 1e9:.1f} GB/s")
     print("| | tokens/s | CPU ms a token | share of the limit | perplexity |\n|---|---|---|---|---|")
-    for title in contenders:
-        rate = statistics.median(rates[title])
+    for title, found in figures.items():
+        rate, worked = (statistics.median(values) for values in zip(*found, strict=True))
         bits = next((bits for name, bits in BITS.items() if title.endswith(name)), None)
         share = f"{rate * parameters * bits / 8 / read:.0%}" if bits else ""
-        score = f"{quality[title]:.3f}" if title in quality else ""
-        print(f"| {title} | {rate:.1f} | {statistics.median(cpu[title]) * 1e3:.1f} | {share} | {score} |")
+        score = f"{quality[title]:.3f}" if quality[title] else ""
+        print(f"| {title} | {rate:.1f} | {worked * 1e3:.1f} | {share} | {score} |")
 
 
 if __name__ == "__main__":

@@ -20,13 +20,26 @@ MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight (out, in), bi
 CHUNK = 256  # tokens that are read at once: the attention's mask grows with their square
 
 
+class Norm(NamedTuple):
+    """LayerNorm, or without a bias RMSNorm."""
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
 class Layer(NamedTuple):
     """One block. The three projections of its attention are one product, and so are the MLP's gate and up."""
 
-    norm_1: Product
+    norm_1: Norm
     qkv: Product
     out: Product
-    norm_2: Product
+    norm_2: Norm
     up: Product
     activate: Product
     down: Product
@@ -39,7 +52,7 @@ class Weights(NamedTuple):
     positions: Tensor | None  # (context, width): learned, added to the embedding
     rotation: tuple[Tensor, Tensor] | None  # cos and sin, (context, head size): rotary
     layers: list[Layer]
-    norm: Product
+    norm: Norm
     head: Product
     heads: int  # of the keys and values
     group: int  # queries that share a key
@@ -54,9 +67,8 @@ def gpt2(model: Any, product: MakeProduct) -> Weights:
     def conv1d(module: Any) -> Product:
         return product(module.weight.T, module.bias)
 
-    def norm(module: Any) -> Product:
-        shape, weight, bias, eps = (config.n_embd,), module.weight.float(), module.bias.float(), module.eps
-        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
+    def norm(module: Any) -> Norm:
+        return Norm(module.weight.float(), module.bias.float(), module.eps)
 
     def layer(block: Any) -> Layer:
         return Layer(
@@ -79,9 +91,8 @@ def llama(model: Any, product: MakeProduct) -> Weights:
         bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
         return product(torch.cat([module.weight for module in modules]), bias)
 
-    def norm(module: Any) -> Product:
-        shape, weight, eps = (config.hidden_size,), module.weight.float(), module.variance_epsilon
-        return lambda x: torch.rms_norm(x, shape, weight, eps)
+    def norm(module: Any) -> Norm:
+        return Norm(module.weight.float(), None, module.variance_epsilon)
 
     def layer(block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
@@ -150,23 +161,24 @@ class Decoder:
         w = self.weights
         # Memory that was never written costs nothing: the system hands it out at the first touch.
         self.cache = torch.empty(len(w.layers), 2, w.heads, context, w.size)
+        self.token = _compiled(w, self.cache) if precision == "int8" else None
 
     def step(self, ids: list[int]) -> Tensor:
         """Read one or more new tokens; logits (V,) float32 after the last of them."""
         return self.read(ids)[-1]
 
     def read(self, ids: list[int], logits: int = 1) -> Tensor:
-        """Read new tokens; logits (`logits`, V) float32 after the last of them, at most `CHUNK`.
+        """Read new tokens; logits (`logits`, V) float32 after the last of them.
 
         An interrupt leaves keys and values behind that no length counts, and that are written over.
         """
-        read = 0
-        while read < len(ids) - CHUNK:
-            self._forward(ids[read : read + CHUNK], self.length + read, 1)
-            read += CHUNK
-        out = self._forward(ids[read:], self.length + read, logits)
+        parts = []
+        for start in range(0, len(ids), CHUNK):
+            piece = ids[start : start + CHUNK]
+            wanted = start + len(piece) - (len(ids) - logits)
+            parts.append(self._forward(piece, self.length + start, min(max(wanted, 1), len(piece))))
         self.length += len(ids)
-        return out
+        return torch.cat(parts)[-logits:]
 
     def truncate(self, length: int) -> None:
         """Forget what follows the first `length` tokens."""
@@ -179,6 +191,8 @@ class Decoder:
     @torch.inference_mode()
     def _forward(self, ids: list[int], start: int, logits: int) -> Tensor:
         w, n = self.weights, len(ids)
+        if n == 1 and self.token:
+            return self.token(ids[0], start)
         end = start + n
         x = w.embedding[torch.tensor(ids)].float()
         rotation = None
@@ -214,3 +228,38 @@ class Decoder:
         keys, values = cache[:, None, :, :end]
         out = functional.scaled_dot_product_attention(q[None], keys, values, attn_mask=mask, scale=w.scale)
         return out[0].view(w.heads, n, w.group * w.size).transpose(0, 1).reshape(n, queries * w.size)
+
+
+def _compiled(w: Weights, cache: Tensor) -> Callable[[int, int], Tensor]:
+    """One token of int8 weights in compiled loops: (token, its place) -> logits (1, V).
+
+    Beside products as fast as these, what stands between torch's operations would take a third of the time.
+    """
+    from dialogue import int8_kernel
+
+    def norm(norm: Norm) -> int8_kernel.Norm:
+        bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
+        return int8_kernel.Norm(norm.weight.detach().numpy(), bias.detach().numpy(), norm.eps)
+
+    def block(layer: Any) -> int8_kernel.Block:
+        return int8_kernel.Block(
+            norm(layer.norm_1), layer.qkv.matrix, layer.out.matrix,
+            norm(layer.norm_2), layer.up.matrix, layer.down.matrix,
+        )  # fmt: skip
+
+    blocks = [block(layer) for layer in w.layers]
+    attention = int8_kernel.Attention(w.heads, w.group, w.size, w.scale)
+    gated = w.rotation is not None
+    turns = tuple(part.numpy() for part in w.rotation or torch.empty(2, 0, w.size))
+    caches = list(cache.numpy())
+
+    def token(number: int, place: int) -> Tensor:
+        x = w.embedding[number].to(torch.float32, copy=True)
+        if w.positions is not None:
+            x += w.positions[place]
+        state, threads = x.numpy(), torch.get_num_threads()
+        for block, past in zip(blocks, caches, strict=True):
+            int8_kernel.token(state, block, past, place, turns, attention, gated, threads)
+        return w.head(w.norm(x[None]))
+
+    return token

@@ -1,19 +1,22 @@
-"""Products of activations with a weight that is kept in few bytes, on a CPU, with kernels that torch brings.
+"""Products of activations with a weight that is kept in few bytes, on a CPU.
 
 One token reads every weight once, so the bytes of the weights bound its speed. Each function takes a weight
 (out, in) and a bias (out,) or None, and gives a function (n, in) float32 -> (n, out) float32.
 """
 
 import time
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+if TYPE_CHECKING:
+    from dialogue.int8_kernel import Matrix
+
 Product = Callable[[Tensor], Tensor]  # (n, in) -> (n, out)
-HALF = 63  # 7 bits: without VNNI, a pair of 8-bit products is summed in 16 bits and saturates
 
 
 def float32(weight: Tensor, bias: Tensor | None) -> Product:
@@ -34,49 +37,48 @@ def float16(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
+@dataclass(frozen=True)
+class Int8:
+    """A product in int8; `matrix` is what the loops of `dialogue/int8_kernel.py` take."""
+
+    matrix: "Matrix"
+    rows: int  # without the padding of the matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from dialogue import int8_kernel
+
+        n, threads = len(x), torch.get_num_threads()
+        if n == 1:
+            y = int8_kernel.product(x[0].numpy(), self.matrix, threads)[None]
+        else:
+            y = int8_kernel.products(functional.pad(x, (0, 0, 0, -n % 4)).numpy(), self.matrix, threads)
+        return torch.from_numpy(y)[:n, : self.rows]
+
+
 def int8(weight: Tensor, bias: Tensor | None) -> Product:
-    """The weight in int8, one scale a row; activations in 14 bits.
+    """The weight in int8, one scale a row; the rest in float32."""
+    from dialogue.int8_kernel import Matrix  # numba, which no other precision needs
 
-    An int8 kernel wants int8 activations, and those alone would cost most of the quality: a few of them are
-    a hundred times larger than the rest. So x is read as two rows, rounded to steps of max|x| / `HALF`, and
-    what the rounding left, magnified. Memory is what bounds the kernel, and the second row costs no memory.
-    Example with steps of 1 and a magnification of 100: 3.14 -> 3 and 14, and w * 3.14 = w * 3 + w * 14 / 100.
-    Each token has a scale of its own, so that it does not matter in which company it is read.
-    """
     rounded, scale, column = _quantise(weight)
-    with warnings.catch_warnings():  # it says that quantized tensors are old: the kernels are not
-        warnings.simplefilter("ignore")
-        zeros = torch.zeros(len(scale), dtype=torch.long)
-        tensor = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zeros, 0)
-    packed = torch.ops.quantized.linear_prepack(tensor, None)
-    kernel = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-    b = _float(bias)
-
-    def product(x: Tensor) -> Tensor:
-        n, x = len(x), x * column
-        step = x.abs().amax(1, keepdim=True).add_(1e-30).mul_(1 / HALF)
-        steps = x / step
-        whole = steps.round()
-        halves = torch.cat((whole, steps.sub_(whole).mul_(2 * HALF)))
-        y = kernel(halves, 1.0, HALF + 1, packed)
-        y = torch.add(y[:n], y[n:], alpha=0.5 / HALF).mul_(step)
-        return y if b is None else y.add_(b)
-
-    return product
+    shift = torch.zeros(len(weight)) if bias is None else bias.float()
+    odd = len(weight) % 2
+    scale, shift = functional.pad(scale, (0, odd)), functional.pad(shift, (0, odd))
+    return Int8(Matrix(rounded.numpy(), scale.numpy(), column.numpy(), shift.numpy()), len(weight))
 
 
 def _quantise(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, in) -> int8 (out, in), scales of the rows (out,), scales of the columns (in,).
+    """(out, in) -> int8 (out, in), with a row of zeros below where out is odd; scales (out,) of rows, (in,) of columns.
 
     weight = int8 * row scale * column scale. A row's largest weight sets its steps. So large columns are made
     smaller, and what they meet larger, by the root of their size: that took 40 % off the KL divergence from the
     float32 model (SmolLM2-135M). In blocks of rows that stay in the processor's cache, which is twice as fast.
     """
-    blocks = weight.split(256)
+    rows, blocks = len(weight), weight.split(256)
     squares = torch.stack([block.float().square().sum(0) for block in blocks]).sum(0)
-    column = (squares / len(weight)).sqrt_().clamp_(min=1e-12).sqrt_()
-    rounded, scale = torch.empty(weight.shape, dtype=torch.int8), torch.empty(len(weight))
-    for block, to, step in zip(blocks, rounded.split(256), scale.split(256), strict=True):
+    column = (squares / rows).sqrt_().clamp_(min=1e-12).sqrt_()
+    rounded, scale = torch.empty(rows + rows % 2, weight.shape[1], dtype=torch.int8), torch.empty(rows)
+    rounded[rows:] = 0
+    for block, to, step in zip(blocks, rounded[:rows].split(256), scale.split(256), strict=True):
         w = block.float() / column
         step.copy_(w.abs().amax(1).div_(127).clamp_(min=1e-12))
         to.copy_(w.div_(step[:, None]).round_())
@@ -91,9 +93,9 @@ KERNELS = {"float32": float32, "bfloat16": bfloat16, "float16": float16, "int8":
 
 
 def available() -> list[str]:
-    """The precisions that this processor has kernels for; FBGEMM's need an x86 one with AVX2."""
+    """The precisions that this processor has kernels for; FBGEMM's for float16 needs an x86 one with AVX2."""
     has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
-    return [name for name in KERNELS if has_fbgemm or name not in ("float16", "int8")]
+    return [name for name in KERNELS if has_fbgemm or name != "float16"]
 
 
 def fastest() -> str:

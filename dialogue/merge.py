@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dialogue import report, storage
-from dialogue.base_model import free, load_base
+from dialogue import kernels, report, storage
+from dialogue.base_model import context_length, free, load_base
 from dialogue.corpus import Dialogues
+from dialogue.decoder import Decoder, supported
 from dialogue.errors import UserError
 from dialogue.fitting import fit
 from dialogue.packing import IGNORED, Row, collate
@@ -58,12 +60,36 @@ def write_merged(
         merge(run["facts"]["base model"], adapters, tokenizer, folder)
         reloaded = load_merged(folder, dtype, trained.device)
         certificate = certify(trained, reloaded, rows, tokenizer.pad_token_id, run["decided"]["load_in_8bit"])
+        certificate |= certify_chat(reloaded, rows[:30])
         fitted = fit(reloaded, tokenizer, validation, run["settings"]["seed"])
         write_sampler(folder, fitted.sampling, fitted.max_t)
         storage.write_json(folder / "certificate.json", certificate)
         storage.write_json(folder / storage.RUN_FILE, run)
         report.write_card(folder, run, metrics, fitted)
     return certificate
+
+
+@torch.inference_mode()
+def certify_chat(merged: PreTrainedModel, rows: list[Row]) -> dict[str, Any]:
+    """What the precision that `main.py` takes by itself on this machine's CPU does to the perplexity of reply tokens.
+
+    Empty where transformers' own code makes the replies. It also compiles what the first chat would wait for.
+    """
+    if merged.device.type != "cpu" or not supported(merged.config):
+        return {}
+    decoder = Decoder(merged, kernels.fastest(), context_length(merged.config))
+    nats, tokens = {"chat": 0.0, "merged": 0.0}, 0
+    for row in rows:
+        ids, targets = row["input_ids"][:-1], torch.tensor(row["labels"][1:])
+        at = targets != IGNORED
+        decoder.reset()
+        logits = {"chat": decoder.read(ids, len(ids)), "merged": merged(torch.tensor([ids]), use_cache=False).logits[0]}
+        for name, of in logits.items():
+            nats[name] += functional.cross_entropy(of[at].float(), targets[at], reduction="sum").item()
+        tokens += int(at.sum())
+    decoder.step([rows[0]["input_ids"][0]])
+    change = math.expm1((nats["chat"] - nats["merged"]) / tokens)
+    return {"chat_precision": decoder.precision, "chat_perplexity_change": change}
 
 
 def merged_bytes(model: PreTrainedModel | PeftModel) -> int:

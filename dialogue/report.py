@@ -274,12 +274,13 @@ def show_line(console: Console, text: str) -> None:
 
 def show_result(console: Console, adapters: Path, merged: Path, certificate: dict[str, Any]) -> None:
     """What the run achieved, what it wrote, and what to do next."""
-    metrics = read_json(adapters / "metrics.json")
+    metrics, chat = read_json(adapters / "metrics.json"), "chat_precision" in certificate
     console.print(
         f"Perplexity on validation replies: {metrics['base_eval_perplexity']:.1f} untuned, "
         f"[bold]{metrics['eval_perplexity']:.1f}[/] tuned (per token); "
         f"merged model: {certificate['perplexity_change']:+.2%} perplexity, "
-        f"{certificate['greedy_agreement']:.1%} of greedy choices the same."
+        f"{certificate['greedy_agreement']:.1%} of greedy choices the same"
+        + (f"; chat in {certificate['chat_precision']}: {certificate['chat_perplexity_change']:+.2%}." if chat else ".")
     )
     console.print(Text(plain(f"Adapters and report: {adapters}/   Merged model: {merged}/")))
     extra = "" if str(merged) == "gpt2-dialogue-full" else f" --model {shlex.quote(str(merged))}"

@@ -61,8 +61,11 @@ def test_float32_is_what_transformers_computes(model, monkeypatch):
     for place in range(41, CONTEXT):  # to the last position, one by one
         torch.testing.assert_close(engine.step(ids[place : place + 1]), whole[place], rtol=1e-4, atol=1e-4)
     assert engine.length == CONTEXT
-    engine.reset()
-    torch.testing.assert_close(engine.read(ids[:12], 12), whole[:12], rtol=1e-4, atol=1e-4)
+    for count, logits in ((12, 12), (50, 50), (50, 20), (33, 1)):
+        engine.reset()
+        torch.testing.assert_close(
+            engine.read(ids[:count], logits), whole[count - logits : count], rtol=1e-4, atol=1e-4
+        )
 
 
 @settings(max_examples=15, deadline=None)
