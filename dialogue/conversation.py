@@ -10,7 +10,7 @@ from dialogue.errors import UserError
 from dialogue.generation import Model
 from dialogue.plaintext import plain, stable
 from dialogue.prompt import decode_text, encode_turn
-from dialogue.sampling import Explained, Sampling, candidates, draw, explain
+from dialogue.sampling import Explained, Sampling, explain
 
 SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
 
@@ -93,14 +93,16 @@ class Conversation:
         start = time.perf_counter()
         first, shown, read_before = 0.0, "", self.model.tokens_read
         self.stats, prompt_tokens = None, 0
-        while len(said) < most:
-            logits = self.model.logits(prompt + said)
-            if not said:
-                prompt_tokens = self.model.tokens_read - read_before
+        tokens = self.model.tokens(prompt, most, sampling, self.generator)
+        while True:
             try:
-                token = draw(candidates(logits, sampling, prompt + said, self.model.forbidden), self.generator)
+                token = next(tokens, None)
             except ValueError as error:
                 raise UserError(str(error)) from error
+            if token is None:
+                break
+            if not said:
+                prompt_tokens = self.model.tokens_read - read_before
             now = time.perf_counter()
             first = first or now
             said += [token] if token != self.roles.end else []

@@ -102,8 +102,8 @@ def llama(model: Any, product: MakeProduct) -> Weights:
             _gated_silu, joined(mlp.down_proj),
         )  # fmt: skip
 
-    positions = torch.arange(config.max_position_embeddings)[None]
-    cos, sin = body.rotary_emb(torch.zeros(1), positions)
+    positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
+    cos, sin = body.rotary_emb(torch.zeros(1, device=model.device), positions)
     heads, size = config.num_key_value_heads, cos.shape[-1]
     # Half of the rotation is a difference: x * cos + rotated x * sin, where rotated is (-second, first).
     sin[..., : size // 2] *= -1
@@ -152,13 +152,12 @@ def supported(config: PretrainedConfig) -> bool:
 
 
 class Decoder:
-    """An `Engine` (`dialogue/generation.py`): keys and values stay in a cache whose memory is taken once."""
+    """An `Engine` (`dialogue/generation.py`) on a CPU: keys and values stay in a cache whose memory is taken once."""
 
     def __init__(self, model: PreTrainedModel, precision: str, context: int) -> None:
         self.precision, self.length = precision, 0
         with torch.inference_mode():
-            self.weights = FAMILIES[model.config.model_type][0](model, KERNELS[precision])
-        w = self.weights
+            self.weights = w = FAMILIES[model.config.model_type][0](model, KERNELS[precision])
         # Memory that was never written costs nothing: the system hands it out at the first touch.
         self.cache = torch.empty(len(w.layers), 2, w.heads, context, w.size)
         self.token = _compiled(w, self.cache) if precision == "int8" else None
@@ -190,31 +189,42 @@ class Decoder:
 
     @torch.inference_mode()
     def _forward(self, ids: list[int], start: int, logits: int) -> Tensor:
-        w, n = self.weights, len(ids)
+        n, device = len(ids), self.cache.device
         if n == 1 and self.token:
             return self.token(ids[0], start)
         end = start + n
-        x = w.embedding[torch.tensor(ids)].float()
-        rotation = None
-        if w.positions is not None:
-            x += w.positions[start:end]
-        elif w.rotation:
-            rotation = (w.rotation[0][start:end, None], w.rotation[1][start:end, None])
         mask = None
         if n > 1:  # each token sees what is before it and itself
-            mask = torch.ones(n, end, dtype=torch.bool).tril_(start).repeat_interleave(w.group, dim=0)
+            mask = torch.ones(n, end, dtype=torch.bool, device=device).tril_(start)
+            mask = mask.repeat_interleave(self.weights.group, dim=0)
+        places = torch.arange(start, end, device=device)
+        return self.layers(torch.tensor(ids, device=device), places, end, mask, logits).float()
+
+    def layers(self, ids: Tensor, places: Tensor, width: int, mask: Tensor | None, logits: int = 1) -> Tensor:
+        """Token ids (n,) at `places` (n,) -> logits (`logits`, V) after the last of them.
+
+        Attention goes over the first `width` places of the cache; `mask` (n * group, width) is true where it may.
+        Nothing here waits for a device.
+        """
+        w = self.weights
+        x = w.embedding[ids].to(self.cache.dtype)
+        rotation = None
+        if w.positions is not None:
+            x += w.positions[places]
+        elif w.rotation:
+            rotation = (w.rotation[0][places, None], w.rotation[1][places, None])
         for layer, cache in zip(w.layers, self.cache, strict=True):
-            attended = self._attention(layer.qkv(layer.norm_1(x)), cache, start, end, rotation, mask)
+            attended = self._attention(layer.qkv(layer.norm_1(x)), cache, places, width, rotation, mask)
             x += layer.out(attended)
             x += layer.down(layer.activate(layer.up(layer.norm_2(x))))
         return w.head(w.norm(x[-logits:]))
 
     def _attention(
-        self, qkv: Tensor, cache: Tensor, start: int, end: int, rotation: tuple[Tensor, Tensor] | None,
+        self, qkv: Tensor, cache: Tensor, places: Tensor, width: int, rotation: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """(n, (heads * group + 2 heads) * size) -> (n, heads * group * size); fills cache[:, :, start:end]."""
-        w, n = self.weights, end - start
+        """(n, (heads * group + 2 heads) * size) -> (n, heads * group * size); fills cache[:, :, places]."""
+        w, n = self.weights, len(places)
         queries = w.heads * w.group
         qkv = qkv.view(n, queries + 2 * w.heads, w.size)
         turned = queries + w.heads
@@ -224,8 +234,8 @@ class Decoder:
             qkv[:, :turned] = qk * cos + qk.roll(w.size // 2, -1) * sin
         # The group's queries stand below each other, as if each token had `group` positions.
         q = qkv[:, :queries].view(n, w.heads, w.group, w.size).transpose(0, 1).reshape(w.heads, n * w.group, w.size)
-        cache[:, :, start:end] = qkv[:, queries:].view(n, 2, w.heads, w.size).permute(1, 2, 0, 3)
-        keys, values = cache[:, None, :, :end]
+        cache.index_copy_(2, places, qkv[:, queries:].view(n, 2, w.heads, w.size).permute(1, 2, 0, 3))
+        keys, values = cache[:, None, :, :width]
         out = functional.scaled_dot_product_attention(q[None], keys, values, attn_mask=mask, scale=w.scale)
         return out[0].view(w.heads, n, w.group * w.size).transpose(0, 1).reshape(n, queries * w.size)
 

@@ -1,6 +1,7 @@
 """A dialogue model that can be asked for its next token: loading, and the key-value cache."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,9 @@ from dialogue import kernels, storage
 from dialogue.base_model import context_length, pick_device, pick_dtype, where
 from dialogue.decoder import Decoder, supported
 from dialogue.errors import UserError, in_a_line
+from dialogue.graphs import GraphDecoder
 from dialogue.prompt import find_roles, has_vocabulary
+from dialogue.sampling import Sampling, candidates, draw
 
 # Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
 # the README, longer than loading them; a chat that starts at once is worth more here than a flipped bit is likely.
@@ -106,6 +109,27 @@ class Model:
             self.forbidden = sorted(unknown | control)
         return logits
 
+    def tokens(
+        self, prompt: list[int], most: int, sampling: Sampling, generator: torch.Generator
+    ) -> Generator[int, None, None]:
+        """Draw up to `most` tokens after `prompt`, without an end at <END>: the caller stops there.
+
+        Raises ValueError for logits that are not finite numbers.
+        """
+        said: list[int] = []
+        if isinstance(self.engine, GraphDecoder):
+            logits = self.logits(prompt)
+            for token in self.engine.stream(logits, most, sampling, prompt, self.forbidden, generator):
+                self.tokens_read += len(said) > 0
+                said.append(token)
+                self._read.append(token)
+                yield token
+            return
+        while len(said) < most:
+            logits = self.logits(prompt + said)
+            said.append(draw(candidates(logits, sampling, prompt + said, self.forbidden), generator))
+            yield said[-1]
+
 
 def load(name: str, precision: str = "auto") -> Model:
     """A merged model's folder, an adapter's folder (merged on loading), or a name on the hub.
@@ -159,8 +183,10 @@ def _engine(model: PreTrainedModel, precision: str, limit: int) -> Engine:
         if precision not in kernels.available():
             raise UserError(f"--precision {precision} needs an x86 processor with AVX2: take float32, or auto")
         return Decoder(model, precision, limit)
-    dtype: Any = _dtype(model.device, precision)
-    return TransformersEngine(model.to(dtype))
+    model = model.to(_dtype(model.device, precision))  # type: ignore[arg-type]
+    if model.device.type == "cuda" and model.dtype != torch.float32 and supported(model.config):
+        return GraphDecoder(model, limit)
+    return TransformersEngine(model)
 
 
 def _dtype(device: torch.device, precision: str) -> torch.dtype:

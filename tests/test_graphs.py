@@ -1,0 +1,120 @@
+"""The GPU's engine: its step runs here on a CPU, and on tensors without data, which show that no step waits for one."""
+
+import pytest
+import torch
+from conftest import save_random_gpt2
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decoder import CONFIGS, CONTEXT, random_model, tokens
+from test_generation import GREEDY, dialogue_tokenizer, say
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+from dialogue.conversation import Conversation
+from dialogue.generation import Model
+from dialogue.graphs import BROKEN, GraphDecoder, pick
+from dialogue.sampling import Sampling, candidates
+
+EVERYTHING = Sampling(0.7, 20, 0.9, 0.01, 1.2)
+
+
+def all_tokens(engine, prompt, most, sampling, seed=0, forbidden=()):
+    """`most` tokens after a prompt that is read anew."""
+    engine.reset()
+    generator = torch.Generator().manual_seed(seed)
+    return list(engine.stream(engine.step(prompt), most, sampling, prompt, list(forbidden), generator))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_are_those_of_transformers(name):
+    model = random_model(CONFIGS[name])
+    engine, prompt = GraphDecoder(model, CONTEXT), tokens(20)
+    said = all_tokens(engine, prompt, CONTEXT - 20, GREEDY)
+    whole = model(torch.tensor([prompt + said])).logits[0].detach()
+    assert said == whole[19:-1].argmax(-1).tolist()
+    assert engine.length == CONTEXT - 1, "the last token was drawn, not read"
+    torch.testing.assert_close(engine.step(said[-1:]), whole[-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_seed_repeats_and_forbidden_tokens_do_not_come():
+    engine = GraphDecoder(random_model(CONFIGS["gpt2"]), CONTEXT)
+    banned = range(0, 300, 2)
+    said = [all_tokens(engine, tokens(9), 40, EVERYTHING, seed, banned) for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+    assert not set(said[0]) & set(banned)
+
+
+SETTINGS = st.builds(
+    Sampling, st.sampled_from([0, 0.5, 1, 2]), st.sampled_from([0, 1, 5, 40]), st.sampled_from([0, 0.5, 0.9, 1]),
+    st.sampled_from([0, 0.05, 0.5]), st.sampled_from([1, 1.3]),
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(SETTINGS, st.integers(0, 10**6), st.floats(0, 1, exclude_max=True, width=32), st.booleans())
+def test_the_pick_in_fixed_shapes_is_the_samplers(sampling, seed, noise, ties):
+    chance = torch.Generator().manual_seed(seed)
+    logits = torch.randn(60, generator=chance) * 3
+    logits = logits.round() if ties else logits
+    seen, forbidden = (torch.rand(60, generator=chance) < share for share in (0.3, 0.1))
+    token = pick(logits, sampling, seen, forbidden, torch.tensor([noise]))
+    allowed = candidates(logits, sampling, seen.nonzero()[:, 0].tolist(), forbidden.nonzero()[:, 0].tolist())
+    if ties:  # which of equal ones stays under top-p is open, and so is their order
+        penalised = torch.where(seen, torch.where(logits > 0, logits / sampling.repetition_penalty,
+                                                  logits * sampling.repetition_penalty), logits)  # fmt: skip
+        assert not forbidden[token] and penalised[token].item() in penalised[allowed.ids].tolist()
+        return
+    chances, order = allowed.probabilities.sort(descending=True)
+    at = int((chances.cumsum(0) <= noise * chances.sum()).sum())
+    near = order[max(0, at - 1) : at + 2] if min((chances.cumsum(0) - noise).abs()) < 1e-5 else order[at : at + 1]
+    assert token in allowed.ids[near].tolist()
+
+
+def test_the_picks_frequencies_are_the_samplers_probabilities():
+    logits, none = torch.randn(50, generator=torch.Generator().manual_seed(5)) * 2, torch.zeros(50, dtype=torch.bool)
+    sampling = Sampling(0.9, 10, 0.95)
+    noise = (torch.arange(4000) + 0.5) / 4000
+    drawn = torch.cat([pick(logits, sampling, none, none, at[None]) for at in noise]).bincount(minlength=50) / 4000
+    choice = candidates(logits, sampling)
+    expected = torch.zeros(50).index_put_((choice.ids,), choice.probabilities)
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_broken_weights_are_said_to_be_broken(bad):
+    engine = GraphDecoder(random_model(CONFIGS["gpt2"]), CONTEXT)
+    logits = engine.step([1, 2, 3])
+    logits[7] = bad
+    with pytest.raises(ValueError, match="weights are broken"):
+        list(engine.stream(logits, 5, EVERYTHING, [1, 2, 3], [], torch.Generator()))
+    assert pick(torch.full((9,), -torch.inf), GREEDY, *torch.zeros(2, 9, dtype=torch.bool), torch.zeros(1)) == BROKEN
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING, Sampling()])
+def test_no_step_waits_for_a_value(name, sampling):
+    """Tensors without data raise where a value would be asked for: `.item()`, a shape that depends on one."""
+    with torch.device("meta"):
+        config = CONFIGS[name]
+        model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).bfloat16()
+    engine = GraphDecoder(model, CONTEXT)
+    with torch.inference_mode():
+        engine.step_once(sampling, 64)
+
+
+def test_a_conversation_keeps_its_cache_over_turns(tmp_path):
+    folder = save_random_gpt2(tmp_path / "merged", dialogue_tokenizer(), positions=96)
+    peer = GPT2LMHeadModel.from_pretrained(folder).eval()
+    talks = [Conversation(Model(engine, dialogue_tokenizer(), 96), seed=1)
+             for engine in (GraphDecoder(peer, 96), GraphDecoder(peer, 96))]  # fmt: skip
+    for message in ("Hi", "How are you?", "Good."):
+        read = talks[0].model.tokens_read, talks[0].used
+        texts = [say(talk, message, 8) for talk in talks]
+        assert texts[0] == texts[1]
+        assert talks[0].model.tokens_read - read[0] <= talks[0].used - read[1] + 2, "a turn reads its own tokens only"
+        talks[1].model.engine.reset()  # reads all turns again
+    stopped = talks[0].reply("Tell me more", 20, EVERYTHING)
+    next(stopped)
+    stopped.close()  # as Ctrl-C does; steps that nobody reads have run ahead
+    ids = [token for turn in talks[0].turns for token in turn]
+    expected = peer(torch.tensor([ids])).logits[0, -1]
+    torch.testing.assert_close(talks[0].model.logits(ids), expected.detach(), rtol=1e-4, atol=1e-4)
