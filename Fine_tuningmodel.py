@@ -127,7 +127,6 @@ def main(argv: list[str] | None = None) -> None:
     adapters, merged = Path(chosen["adapter_dir"]), Path(chosen["merged_dir"])
     budget = pace.Budget(pace.parse_duration(flags.budget)) if flags.budget else None
     console = Console(quiet=arguments.process_index > 0)
-    fast.keep_freed_memory()
     if arguments.push_to_hub and not flags.plan:
         hub.check_login(arguments.hub_token)
     transformers.set_seed(arguments.seed)
@@ -173,6 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     if not flags.plan:
         storage.check_space({merged: int(2.1 * parameters)})
     quantised = quant_config if needs.in_8bit else None
+    fast.keep_freed_memory(not needs.in_8bit)
     base = base_models.load_base(chosen["base_model"], dtype, device, tokenizer, quantised)
     fast.trim_base(base, flags.keep_dropout)
     model = lora.attach(base, lora_config, roles, lora_changes)

@@ -3,9 +3,11 @@
 What differs between model families stands in `LORA_TARGETS` and `CONV1D_FAMILIES`, and nowhere else.
 """
 
+import ctypes
 import gc
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,12 @@ def load_base(
         raise
     except Exception as error:
         raise _unavailable(name, error) from error
+    if quant_config and device.type == "cpu":
+        # What stayed in 16 bits is a view of the file, which would keep all of the file in memory.
+        for parameter in model.parameters():
+            if parameter.dtype == dtype:
+                parameter.data = parameter.data.clone()
+        free()
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if model.config.eos_token_id == tokenizer.eos_token_id:
@@ -213,6 +221,8 @@ def free(*_: object) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
+        trim(0)
 
 
 def _unavailable(name: str, error: Exception) -> UserError:

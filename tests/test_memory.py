@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from conftest import gpt2_tokenizer
 from test_fast import attached, base_model
-from transformers import GPT2Config, TrainingArguments
+from transformers import BitsAndBytesConfig, GPT2Config, TrainingArguments
 
 from dialogue import fast, memory
+from dialogue.base_model import load_base
 from dialogue.command_line import parse
 from dialogue.loss import chunked_head
 from dialogue.prompt import Roles
@@ -101,3 +103,13 @@ def test_a_flag_is_not_overruled(tmp_path):
     assert memory.decided("no", {}, arguments, gpu, 10**10) == {"in_8bit": False}
     edited = TrainingArguments(output_dir=tmp_path, activation_checkpointing=True)
     assert memory.decided("auto", {}, edited, cpu, 10**8) == {"checkpointing": True}
+
+
+def test_weights_in_8_bits_let_go_of_their_file(random_gpt2):
+    """What stayed in 16 bits would otherwise be a view of the file, and hold all of it in memory."""
+    tokenizer = gpt2_tokenizer()
+    quantised = BitsAndBytesConfig(load_in_8bit=True)
+    model = load_base(str(random_gpt2), torch.bfloat16, torch.device("cpu"), tokenizer, quantised)
+    assert any(parameter.dtype == torch.int8 for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.untyped_storage().nbytes() <= parameter.nbytes + 64, name
