@@ -19,7 +19,7 @@ from dialogue.errors import UserError, exit_code  # before the libraries: `dialo
 # isort: split
 import torch
 import transformers
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from rich.console import Console
 from transformers import BitsAndBytesConfig, TrainingArguments
 
@@ -38,6 +38,7 @@ from dialogue import (
     rehearsal,
     replies,
     report,
+    sharding,
     storage,
     training,
 )
@@ -149,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
     # What an earlier start of this run left, if there was one
     lora_changes = preset.get("lora", {})
     own = {name: getattr(flags, name) for name in ("load_in_8bit", "budget", "keep_dropout")}
-    asked = {**chosen, **lora_changes, **own}
+    split = sharding.asked(flags.load_in_8bit)
+    asked = {**chosen, **lora_changes, **own, "split": split or None}
     asked = checkpoint.describe(asked, lora_config, arguments, rows, validation.rows)
     begun = checkpoint.Begun()
     if not flags.plan:
@@ -160,10 +162,13 @@ def main(argv: list[str] | None = None) -> None:
     dtype = pace.agreed(base_models.pick_dtype(device, begun.decided.get("dtype")))
     parameters = base_models.count_parameters(config)
     needs = memory.Needs(
-        arguments.per_device_train_batch_size, length, packing.mean_span(rows), dtype, device=device.type
-    )
+        arguments.per_device_train_batch_size, length, packing.mean_span(rows), dtype, device=device.type,
+        shards=arguments.world_size if split else 1,
+    )  # fmt: skip
     dropout = lora_changes.get("lora_dropout", lora_config.lora_dropout)
     fixed = memory.decided(flags.load_in_8bit, training_flags, arguments, device, parameters)
+    if split:
+        fixed["in_8bit"] = False
     available = memory.free(device, arguments.world_size)
     needs, expected = pace.agreed(memory.choose(config, lora_config.r, dropout, needs, available, fixed))
     needs = needs._replace(**begun.decided.get("needs", {}))
@@ -173,9 +178,15 @@ def main(argv: list[str] | None = None) -> None:
         storage.check_space({merged: int(2.1 * parameters)})
     quantised = quant_config if needs.in_8bit else None
     fast.keep_freed_memory(not needs.in_8bit)
-    base = base_models.load_base(chosen["base_model"], dtype, device, tokenizer, quantised)
-    fast.trim_base(base, flags.keep_dropout)
-    model = lora.attach(base, lora_config, roles, lora_changes)
+
+    def load(place: torch.device) -> PeftModel:
+        base = base_models.load_base(chosen["base_model"], dtype, place, tokenizer, quantised)
+        fast.trim_base(base, flags.keep_dropout, device)
+        return lora.attach(base, lora_config, roles, lora_changes)
+
+    model = load(torch.device("cpu") if split else device)
+    if split and not begun.trained:
+        sharding.split(model)
     fast.speed_up(model)
     arguments = command_line.override(
         arguments,
@@ -201,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             # The clock ends the run: twice the steps that are likely to fit are never reached.
             arguments = command_line.override(arguments, {"max_steps": 2 * steps})
         precision = f"{'int8 base, ' if needs.in_8bit else ''}{str(dtype).removeprefix('torch.')}"
+        precision += f", split over {arguments.world_size} processes" * split
         report.show_example(console, tokenizer, rows[-1])
         report.show_plan(
             console,
@@ -246,6 +258,9 @@ def main(argv: list[str] | None = None) -> None:
         local = command_line.override(arguments, {"push_to_hub": False})
         patience = chosen["early_stopping_patience"]
         trained = training.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience, pacing)
+
+        if split:
+            model = sharding.join(model, load, device)
 
         # Save the adapters, with the report
         if not arguments.process_index:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from dialogue import merge, report, storage
+from dialogue import merge, report, sharding, storage
 from dialogue.errors import Signals, Stopped, UserError
 from dialogue.packing import Row
 from dialogue.plaintext import plain
@@ -240,7 +240,7 @@ class ResumableTrainer(Trainer):
         self.scores[step] = score
         if score.nats_per_token < (best.nats_per_token if best else float("inf")):
             self.best_step = step
-            self.best = {name: p.detach().cpu().clone() for name, p in self._trained_parameters()}
+            self.best = sharding.trained(self.model)
         self.control.should_training_stop |= self.is_over()
 
     def is_over(self) -> bool:
@@ -250,14 +250,10 @@ class ResumableTrainer(Trainer):
 
     def take_best(self) -> None:
         """Put the best adapters into the model."""
-        with torch.no_grad():
-            for name, parameter in self._trained_parameters():
-                if name in self.best:
-                    parameter.copy_(self.best[name])
-
-    def _trained_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         model: Any = self.model
-        return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        for name, parameter in model.named_parameters():
+            if name in self.best:
+                sharding.put(parameter, self.best[name])
 
     def _write_state(self, folder: Path) -> None:
         scores = {str(step): list(score) for step, score in self.scores.items()}

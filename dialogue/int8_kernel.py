@@ -18,8 +18,8 @@ import torch
 os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
 import numba
 
-# numba says so of `token`, which is not to run in parallel itself, when it loads what it had compiled before.
-warnings.filterwarnings("ignore", ".*no transformation for parallel execution", numba.NumbaPerformanceWarning)
+# numba warns that `token` does not run in parallel by itself, where it loads what it had compiled before.
+warnings.filterwarnings("ignore", category=numba.NumbaPerformanceWarning)
 
 # Sums in any order, which vector instructions need. NaN and infinity stay what they are: broken weights are noticed.
 compiled: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True, "cache": True}

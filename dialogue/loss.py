@@ -70,14 +70,15 @@ def chunked_cross_entropy(hidden: Tensor, rows: Tensor, weight: Tensor, row_ids:
 def chunked_head(model: PeftModel, adapter: str = "default"):
     """Inside, `model(**batch).loss` is computed in chunks, and `.logits` holds hidden states instead.
 
-    The head steps aside (an identity), so hidden states reach the loss function, and everything that
-    wraps `model` (data parallel, checkpointing, Trainer) works as with any other model. Mean nats a
-    label, or summed nats over `num_items_in_batch` where Trainer gives it. Yields a context manager inside
-    which `.logits` are logits again.
+    The head steps aside, or where it has token rows of its own to be trained, stays and lets hidden states through.
+    So these reach the loss function, and everything that wraps `model` (data parallel, checkpointing, Trainer) works
+    as with any other model. Mean nats a label, or summed nats over `num_items_in_batch` where Trainer gives it.
+    Yields a context manager inside which `.logits` are logits again.
     """
     lm: Any = model.get_base_model()
     head, own_loss = lm.get_output_embeddings(), lm.loss_function
-    tokens = (lm.get_input_embeddings() if lm.config.tie_word_embeddings else head).token_adapter
+    tied = lm.config.tie_word_embeddings
+    tokens = (lm.get_input_embeddings() if tied else head).token_adapter
 
     def loss_function(logits: Tensor, labels: Tensor, num_items_in_batch: Any = None, **_: Any) -> Tensor:
         row_ids = torch.tensor(tokens.token_indices[adapter], device=logits.device)
@@ -86,19 +87,30 @@ def chunked_head(model: PeftModel, adapter: str = "default"):
         )
         return nats / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
+    def step_aside() -> None:
+        if tied:
+            lm.set_output_embeddings(nn.Identity())
+        else:
+            head.forward = lambda hidden: hidden
+
+    def step_back() -> None:
+        if tied:
+            lm.set_output_embeddings(head)
+        else:
+            del head.forward
+
     @contextmanager
     def own_head():
-        lm.set_output_embeddings(head)
+        step_back()
         try:
             yield
         finally:
-            lm.set_output_embeddings(placeholder)
+            step_aside()
 
-    placeholder = nn.Identity()
-    lm.set_output_embeddings(placeholder)
+    step_aside()
     lm.loss_function = loss_function
     try:
         yield own_head
     finally:
-        lm.set_output_embeddings(head)
+        step_back()
         lm.loss_function = own_loss

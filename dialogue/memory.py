@@ -31,6 +31,7 @@ class Needs(NamedTuple):
     in_8bit: bool = False
     checkpointing: bool = False  # of activations: only each block's input is kept
     device: str = "cpu"
+    shards: int = 1  # processes over which the base is split
 
 
 class Weights(NamedTuple):
@@ -77,6 +78,8 @@ def estimate(
     base = (weights.inside + weights.outside) * size
     if needs.in_8bit:
         base = weights.inside + weights.outside * size
+    if needs.shards > 1:  # a share, and gathered for their turn both ends, a block and the next one
+        base = base // needs.shards + size * (weights.outside + 2 * weights.inside // config.num_hidden_layers)
     tokens = needs.rows * needs.length
     hidden = config.hidden_size
     block = kept_by_a_block(config, needs, bool(dropout))

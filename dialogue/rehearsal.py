@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue import base_model, memory
+from dialogue import base_model, memory, sharding
 from dialogue.errors import UserError
 from dialogue.loss import chunked_head
 from dialogue.pace import halve
@@ -33,7 +33,9 @@ def rehearse_what_fits(
     while True:
         try:
             return rehearse(model, tokenizer, rows, arguments), arguments
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if sharding.asked():  # the others wait for this process in the middle of their pass
+                raise UserError("out of memory: lower --per_device_train_batch_size or --max_length") from error
             arguments = halve(arguments)
         model.zero_grad(set_to_none=True)
         base_model.free()
@@ -98,7 +100,8 @@ def check_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
 
 def check_gradients(model: PeftModel) -> None:
     """Raises UserError unless a finite, non-zero gradient reaches LoRA and each of the three token rows."""
-    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = {name: None if p.grad is None else sharding.whole(p.grad) for name, p in parameters}
     broken = [name for name, gradient in trained.items() if gradient is not None and not gradient.isfinite().all()]
     if broken:
         raise UserError(f"the gradient of {broken[0]} is not finite: the base model's weights are broken, or its dtype")

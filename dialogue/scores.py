@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue.packing import IGNORED, Row, collate, pack, to_row
+from dialogue.packing import IGNORED, Row, collate, fill_up, pack, to_row
 from dialogue.prompt import decode_text, find_roles
 
 
@@ -55,7 +55,7 @@ class HeldOut(NamedTuple):
             batch = collate(self.rows[start : start + batch_size], self.pad)
             labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
             loss = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False).loss
-            nats += loss.item() * labelled
+            nats += loss.item() * labelled if labelled else 0.0
             tokens += labelled
         model.train(was_training)
         return Score(nats, tokens, self.words, self.characters)
@@ -65,7 +65,9 @@ class HeldOut(NamedTuple):
         batch_size, processes = arguments.eval_batch_size, arguments.world_size
         if processes == 1:
             return self.score(model, batch_size)
-        share = self._replace(rows=self.rows[arguments.process_index :: processes]).score(model, batch_size)
+        # As many batches for each of them: a model that is split needs all of them in each forward pass.
+        rows = fill_up(self.rows, processes)
+        share = self._replace(rows=rows[arguments.process_index :: processes]).score(model, batch_size)
         sums = torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=next(model.parameters()).device)
         torch.distributed.all_reduce(sums)
         return Score(sums[0].item(), int(sums[1]), self.words, self.characters)

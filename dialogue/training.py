@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dialogue import sharding
 from dialogue.base_model import context_length
 from dialogue.checkpoint import ResumableTrainer
 from dialogue.conversation import Conversation
@@ -61,9 +62,11 @@ class DialogueTrainer(Paced, ResumableTrainer):
         self.peft_model, self.tokenizer, self.held_out, self.progress = model, tokenizer, held_out, progress
         self.own_head: Any = nullcontext  # until the head has stepped aside, logits are logits
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapters. Of a model that is split Trainer would gather the frozen weights too."""
+        weights = sharding.trained(self.peft_model)
         if self.args.should_save:
-            save_adapter(self.peft_model, self.tokenizer, str(output_dir or self.args.output_dir))
+            save_adapter(self.peft_model, self.tokenizer, str(output_dir or self.args.output_dir), weights)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Nats a reply token over the whole validation set. Trainer's own average weighs each batch alike,
@@ -72,7 +75,8 @@ class DialogueTrainer(Paced, ResumableTrainer):
         began = time.perf_counter()
         try:
             score = self.held_out.score_in_shares(self.peft_model, self.args)
-            samples = self.sample_replies() if self.is_world_process_zero() else []
+            alone = self.is_world_process_zero() and not self.is_fsdp_enabled  # no process can speak without the others
+            samples = self.sample_replies() if alone else []
         finally:
             self.signals.at_once = False
         metrics = {f"eval_{name}": value for name, value in score.figures().items()}

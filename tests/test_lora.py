@@ -83,6 +83,8 @@ def test_an_untied_head_trains_its_own_rows(tokenizer):
     assert sum("trainable_tokens" in name for name in expected) == 2
     model.zero_grad()
     with chunked_head(model):
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trained == expected.keys(), "Trainer takes from here what is trained"
         chunked = model(**batch, use_cache=False).loss
         chunked.backward()
     assert chunked.item() == pytest.approx(plain.item(), rel=1e-5)
