@@ -32,6 +32,7 @@ from dialogue import kernels, packages
 from dialogue.base_model import STARTER, resolve
 from dialogue.corpus import load_corpus
 from dialogue.decoder import Decoder
+from dialogue.graphs import GraphDecoder
 from dialogue.prompt import encode_text
 from dialogue.sampling import Sampling, candidates, draw
 
@@ -82,8 +83,11 @@ def original(folder: Path) -> Contender:
 
 
 def transformers_generate(folder: Path) -> Contender:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    ids = torch.tensor([PROMPT])
+    return generate(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16))
+
+
+def generate(model) -> Contender:
+    ids = torch.tensor([PROMPT], device=model.device)
 
     def run(count: int) -> None:
         model.generate(
@@ -141,6 +145,22 @@ def ours(folder: Path, precision: str) -> tuple[Contender, Decoder]:
     return run, engine
 
 
+def transformers_on_cuda(folder: Path) -> Contender:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cuda")
+    return generate(model)
+
+
+def ours_on_cuda(folder: Path) -> Contender:
+    engine = GraphDecoder(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cuda"), 1024)
+
+    def run(count: int) -> None:
+        engine.reset()
+        for _ in engine.stream(engine.step(PROMPT), count, SAMPLING, PROMPT, [], torch.Generator()):
+            pass
+
+    return run
+
+
 def perplexity(engine: Decoder, texts: list[list[int]]) -> float:
     """Per token of `texts`, ids each."""
     nats, count = 0.0, 0
@@ -152,12 +172,12 @@ def perplexity(engine: Decoder, texts: list[list[int]]) -> float:
     return math.exp(nats / count)
 
 
-def bandwidth() -> float:
+def bandwidth(device: str) -> float:
     """Bytes a second that a plain sum over 256 MB reads; the best of ten."""
-    block, seconds = torch.ones(2**26), []
+    block, seconds = torch.ones(2**26, device=device), []
     for _ in range(10):
         start = time.perf_counter()
-        block.sum()
+        block.sum().item()
         seconds.append(time.perf_counter() - start)
     return block.nbytes / min(seconds)
 
@@ -185,6 +205,8 @@ PEERS = {
     "llama.cpp Q4_1": llama_cpp_q4_1,
     "original loop, float32": original,
     "transformers bfloat16": transformers_generate,
+    "CUDA: transformers, float16": transformers_on_cuda,
+    "CUDA: ours, float16": ours_on_cuda,
 }
 SLOW = ("original loop, float32", "transformers bfloat16")
 
@@ -234,6 +256,7 @@ def main() -> None:
         return
     titles = [title for title in PEERS if flags.slow or title not in SLOW]
     titles = [title for title in titles if flags.model == "starter" or "llama" not in title]
+    titles = [title for title in titles if torch.cuda.is_available() or "CUDA" not in title]
     titles += [f"ours, {precision}" for precision in flags.precisions.split(",")]
     processes: dict[str, subprocess.Popen[str]] = {}
     quality: dict[str, float | None] = {}
@@ -254,15 +277,19 @@ def main() -> None:
                 figures[title].append(make(process, few if title.startswith("original") else flags.tokens))
     for process in processes.values():
         process.communicate()
-    read = bandwidth()
-    print(f"{flags.model}: {parameters / 1e6:.0f} M parameters, {flags.threads} threads, read {read / 1e9:.1f} GB/s")
+    read = {device: bandwidth(device) for device in ("cpu", "cuda") if device == "cpu" or torch.cuda.is_available()}
+    print(f"{flags.model}: {parameters / 1e6:.0f} M parameters, {flags.threads} threads, reading "
+          + ", ".join(f"{rate / 1e9:.1f} GB/s ({device})" for device, rate in read.items()))  # fmt: skip
     print("| | tokens/s | CPU ms a token | share of the limit | perplexity |\n|---|---|---|---|---|")
     for title, found in figures.items():
         rate, worked = (statistics.median(values) for values in zip(*found, strict=True))
         bits = next((bits for name, bits in BITS.items() if title.endswith(name)), None)
-        share = f"{rate * parameters * bits / 8 / read:.0%}" if bits else ""
+        limit = read["cuda" if "CUDA" in title else "cpu"]
+        share = f"{rate * parameters * bits / 8 / limit:.0%}" if bits else ""
         score = f"{quality[title]:.3f}" if quality[title] else ""
         print(f"| {title} | {rate:.1f} | {worked * 1e3:.1f} | {share} | {score} |")
+    if not torch.cuda.is_available():
+        print("CUDA: not measured (no device)")
 
 
 if __name__ == "__main__":

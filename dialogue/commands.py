@@ -139,12 +139,13 @@ def why(chat: "Chat", rest: str) -> None:
     table = Table(box=None, padding=(0, 1, 0, 0))
     for title in ("token", "rank", "model", "temp", "drawn"):
         table.add_column(title, justify="left" if title == "token" else "right")
-    for name in explained[0].removed:
+    cuts = [name for name in explained[0].removed if any(each.removed[name] for each in explained)]
+    for name in cuts:
         table.add_column(f"-{name}", justify="right")
     for each in explained:
         token = Text(repr(decode_text(chat.conversation.tokenizer, [each.token]))[1:-1])
         shares = (f"{share:.1%}" for share in (each.probability, each.tempered, each.drawn))
-        table.add_row(token, str(each.rank), *shares, *(str(count or "") for count in each.removed.values()))
+        table.add_row(token, str(each.rank), *shares, *(str(each.removed[name] or "") for name in cuts))
     chat.console.print(table)
     chat.note(
         "probability by the model alone, after repetition penalty and temperature, and as drawn; "

@@ -22,7 +22,8 @@ import numba
 warnings.filterwarnings("ignore", category=numba.NumbaPerformanceWarning)
 
 # Sums in any order, which vector instructions need. NaN and infinity stay what they are: broken weights are noticed.
-compiled: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True, "cache": True}
+compiled: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
+compiled["cache"] = os.access(os.path.dirname(__file__), os.W_OK)  # beside this file, as Python's own bytecode
 # Threads for `prange` alone; numba would also start them for every sum of two small arrays.
 no = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
 threaded: dict[str, Any] = {**compiled, "parallel": {"prange": True, **dict.fromkeys(no, False)}}

@@ -118,7 +118,7 @@ class Progressed(TrainerCallback):
         # Standard error, as all progress bars: standard output stays for what was asked for.
         self.console = Console(stderr=True, quiet=int(os.environ.get("RANK", 0)) > 0)
         self.bar = Progress(
-            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
             TextColumn("{task.fields[rate]:.0f} tokens/s, {task.fields[left]} left"), console=self.console,
         )  # fmt: skip
         self.task: Any = None
@@ -133,7 +133,7 @@ class Progressed(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
         self.task = self.bar.add_task(
-            "training", total=state.max_steps, completed=state.global_step, loss=math.nan, rate=0.0, left="?"
+            "training", total=state.max_steps, completed=state.global_step, loss="?", rate=0.0, left="?"
         )
         if self.console.is_terminal:
             self.bar.start()
@@ -158,7 +158,7 @@ class Progressed(TrainerCallback):
     def on_log(self, args, state, control, **keywords: Any) -> None:
         logs: dict[str, float] = keywords["logs"]
         if "loss" in logs:
-            self.bar.update(self.task, loss=logs["loss"])
+            self.bar.update(self.task, loss=f"{logs['loss']:.3f}")
         if self.console.is_terminal:
             if "eval_loss" in logs:
                 self.say(f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.2f} per token")
