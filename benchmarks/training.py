@@ -2,6 +2,7 @@
 
     pip install -r requirements.txt -r benchmarks/requirements.txt
     python benchmarks/training.py DAILYDIALOG --tokenizer GPT2_TOKENIZER_FOLDER     speed on a random GPT-2 124M
+    python benchmarks/training.py DAILYDIALOG --epochs 1 --base SmolLM2-135M-Instruct    validation losses as well
     python benchmarks/training.py DAILYDIALOG --curves curves.png                   loss of the starter, two settings
 
 Every peer trains the same LoRA on the same dialogues in a process of its own. Real tokens are counted, padding is not.
@@ -97,7 +98,7 @@ def leaks(trainer: Any) -> float:
 
 
 def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Train as `peer` does, for `options.seconds`."""
+    """Train as `peer` does, for `options.epochs`, or else for `options.seconds`."""
     torch.set_num_threads(options.threads)
     transformers.set_seed(0)
     ours = peer.startswith("ours")
@@ -119,10 +120,11 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
     if ours:
         fast.speed_up(model)
     base.config.use_cache = False
-    clock = Clock(options.seconds)
+    clock = Clock(options.seconds if options.epochs is None else float("inf"))
     settings: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": 2 if ours or peer == "trl packed" else 4,
-        "num_train_epochs": 50, "learning_rate": 3e-4, "report_to": "none", "save_strategy": "no", "use_cpu": True,
+        "num_train_epochs": options.epochs or 50, "learning_rate": 1e-3 if ours else 3e-4, "report_to": "none",
+        "save_strategy": "no", "use_cpu": True,
         "disable_tqdm": True, "logging_steps": 10**6, "dataloader_pin_memory": False,
     }  # fmt: skip
     result: dict[str, Any] = {"peer": peer, "parameters": base.num_parameters(), "rate": matrix_rate(options.threads)}
@@ -150,8 +152,8 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
         collate = trainer.data_collator
         trainer.data_collator = lambda batch: counted(batch, collate)
     elif ours:
+        trainer = None
         result |= time_ours(model, tokenizer, rows, pieces, settings, clock)
-        return result | {"peak": peak_memory(CPU)}
     else:
         width = LENGTH if peer == "original" else None
         trainer = Trainer(
@@ -160,10 +162,15 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
             train_dataset=rows,
             data_collator=lambda batch: counted(batch, lambda some: pad(some, width)),
         )
-    trainer.add_callback(clock)
-    trainer.train()
-    per_step = began["tokens"] / (clock.steps + 1)
-    return result | figures(clock, per_step) | {"peak": peak_memory(CPU)}
+    if trainer:
+        trainer.add_callback(clock)
+        trainer.train()
+        result |= figures(clock, began["tokens"] / (clock.steps + 1))
+    result["peak"] = peak_memory(CPU)
+    if options.epochs is not None:
+        held_out = hold_out(packing.encode(tokenizer, talk.validation[:60], LENGTH).pieces, tokenizer, LENGTH)
+        result["loss"] = held_out.score(model.eval(), 2).nats_per_token
+    return result
 
 
 def time_ours(model: Any, tokenizer: Any, rows: Any, pieces: Any, settings: dict[str, Any], clock: Clock) -> Any:
@@ -201,12 +208,13 @@ def compare(options: argparse.Namespace) -> None:
     rate = {clock: max(result["rate"][clock] for result in results.values()) for clock in ("wall", "cpu")}
     print(f"\n{options.threads} threads, bfloat16 products {rate['wall'] / 1e9:.0f} GFLOP/s (wall), "
           f"{rate['cpu'] / 1e9:.0f} a processor second\n")  # fmt: skip
-    print("| | real tokens/s | a processor second | share of the matrix rate | peak memory | steps |")
-    print("|---|---|---|---|---|---|")
+    print("| | real tokens/s | a processor second | share of the matrix rate | peak memory | steps timed | loss |")
+    print("|---|---|---|---|---|---|---|")
     for peer, found in results.items():
         share, on_cpu = (4 * found["parameters"] * found[clock] / rate[clock] for clock in ("wall", "cpu"))
+        loss = f"{found['loss']:.3f}" if "loss" in found else ""
         print(f"| {PEERS[peer]} | {found['wall']:.0f} | {found['cpu']:.0f} | {share:.0%} (cpu {on_cpu:.0%}) "
-              f"| {found['peak'] / 1e9:.1f} GB | {found['steps']:.0f} |")  # fmt: skip
+              f"| {found['peak'] / 1e9:.1f} GB | {found['steps']:.0f} | {loss} |")  # fmt: skip
     if "trl packed" in results:
         leak = results["trl packed"]["leak"]
         print(f"\nTRL, packed: a dialogue's logits move by {leak:.3g} with another one in its row: "
@@ -288,14 +296,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peers", default=";".join(PEERS), help="which, separated by semicolons")
     parser.add_argument("--curves", help="draw the loss curves into this PNG instead")
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, help="train so long, and score 60 validation dialogues; curves: 2")
     parser.add_argument("--settings", type=setting, nargs="*", default=[(1e-3, 4)], help="of packed runs, RATE:ROWS")
-    parser.add_argument("--base", help=argparse.SUPPRESS)
+    parser.add_argument("--base", help="a base model in place of the random GPT-2 124M")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if options.curves:
-        options.base = options.base or base_model.STARTER
+        options.base, options.epochs = options.base or base_model.STARTER, options.epochs or 2
         draw(options)
     elif options.peer:
         print(json.dumps(measure(options.peer, options)))

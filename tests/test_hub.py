@@ -120,7 +120,7 @@ def test_push_to_hub(online, tiny, tmp_path, capsys):
         written = {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*")}
         assert online.files[repository] == written
         assert not any(online.token.encode() in content for content in written.values()), "the token was uploaded"
-    assert b"Repeat with" in online.files["someone/chatty-lora"]["README.md"]
+    assert all(b"Repeat with" in online.files[name]["README.md"] for name in ("someone/chatty", "someone/chatty-lora"))
     commits = [path for method, path, _ in online.requests if method == "POST" and "/commit/" in path]
     assert len(commits) == 2, "a checkpoint was uploaded"
     assert load("someone/chatty", "float32").limit == 256
@@ -141,3 +141,13 @@ def test_push_without_a_login_is_said_before_the_run(online, monkeypatch, tmp_pa
     with pytest.raises(UserError, match=r"was not uploaded.*hf upload chatty"):
         (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
         hub_module.push(tmp_path, tmp_path, "chatty", None, None)
+
+
+def test_the_login_that_the_documents_name(hub, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path)}
+    program = Path(sys.executable).with_name("hf")
+    command = [str(program), "auth", "login", "--token", hub.token]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert said.returncode == 0, said.stderr
+    assert (tmp_path / "token").read_text() == hub.token
