@@ -166,9 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         shards=arguments.world_size if split else 1,
     )  # fmt: skip
     dropout = lora_changes.get("lora_dropout", lora_config.lora_dropout)
-    fixed = memory.decided(flags.load_in_8bit, training_flags, arguments, device, parameters)
-    if split:
-        fixed["in_8bit"] = False
+    load_in_8bit = "no" if split else flags.load_in_8bit
+    fixed = memory.decided(load_in_8bit, training_flags, arguments, device, parameters)
     available = memory.free(device, arguments.world_size)
     needs, expected = pace.agreed(memory.choose(config, lora_config.r, dropout, needs, available, fixed))
     needs = needs._replace(**begun.decided.get("needs", {}))

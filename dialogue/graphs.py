@@ -7,7 +7,7 @@ stands: that is how it is tested.
 """
 
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class GraphDecoder(Decoder):
         device, dtype = model.device, model.dtype
         with torch.inference_mode():
             weights = FAMILIES[model.config.model_type][0](model, _as_stored)
-            self.weights = w = _in_dtype(weights, dtype, device)
+            self.weights = w = _in_dtype(weights, dtype)
             self.cache = torch.zeros(len(w.layers), 2, w.heads, context, w.size, device=device, dtype=dtype)
             self.last, self.place, self.count = torch.zeros(3, 1, dtype=torch.long, device=device)
             self.noise, self.drawn = torch.zeros(context, device=device), self.last.new_zeros(context)
@@ -162,15 +162,14 @@ def _as_stored(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: functional.linear(x, weight, bias)
 
 
-def _in_dtype(weights: Weights, dtype: torch.dtype, device: torch.device) -> Weights:
+def _in_dtype(weights: Weights, dtype: torch.dtype) -> Weights:
     """Norms and rotations in the dtype of the rest: kernels of a GPU do not take two."""
 
     def norm(norm: Norm) -> Norm:
         return Norm(norm.weight.to(dtype), None if norm.bias is None else norm.bias.to(dtype), norm.eps)
 
-    def moved(tensors: Iterable[Tensor]) -> Any:
-        return tuple(tensor.to(device, dtype) for tensor in tensors)
-
     layers = [layer._replace(norm_1=norm(layer.norm_1), norm_2=norm(layer.norm_2)) for layer in weights.layers]
-    rotation = moved(weights.rotation) if weights.rotation else None
+    rotation = weights.rotation
+    if rotation:
+        rotation = rotation[0].to(dtype), rotation[1].to(dtype)
     return weights._replace(layers=layers, norm=norm(weights.norm), rotation=rotation)
