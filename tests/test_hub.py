@@ -57,6 +57,7 @@ def online(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(f"{constants}.HUGGINGFACE_CO_URL_TEMPLATE", hub.endpoint + template)
     monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(f"{constants}.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # it may have been made for the real hub
     monkeypatch.setenv("HF_TOKEN", hub.token)
     monkeypatch.chdir(tmp_path)
     hub_module.reachable.cache_clear()
