@@ -9,7 +9,7 @@ import torch
 from dialogue.errors import UserError
 from dialogue.generation import Model
 from dialogue.plaintext import plain, stable
-from dialogue.prompt import decode_text, encode_turn
+from dialogue.prompt import decode_text, encode_turn, without_roles
 from dialogue.sampling import Explained, Sampling, explain
 
 SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
@@ -143,8 +143,9 @@ class Conversation:
         ids = [token for turn in before for token in turn] + answer[:1]
         explained = []
         for token in answer[1:]:
+            spoken = without_roles(ids, self.model.roles)
             explained.append(
-                explain(self.model.logits(ids), token, self.sampling or sampling, ids, self.model.forbidden)
+                explain(self.model.logits(ids), token, self.sampling or sampling, spoken, self.model.forbidden)
             )
             ids.append(token)
         return explained

@@ -21,7 +21,7 @@ from dialogue.base_model import context_length, pick_device, pick_dtype, where
 from dialogue.decoder import Decoder, supported
 from dialogue.errors import UserError, in_a_line
 from dialogue.graphs import GraphDecoder
-from dialogue.prompt import find_roles, has_vocabulary
+from dialogue.prompt import find_roles, has_vocabulary, without_roles
 from dialogue.sampling import Sampling, candidates, draw
 
 # Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
@@ -117,9 +117,10 @@ class Model:
         Raises ValueError for logits that are not finite numbers.
         """
         said: list[int] = []
+        spoken = without_roles(prompt, self.roles)
         if isinstance(self.engine, GraphDecoder):
             logits = self.logits(prompt)
-            for token in self.engine.stream(logits, most, sampling, prompt, self.forbidden, generator):
+            for token in self.engine.stream(logits, most, sampling, spoken, self.forbidden, generator):
                 self.tokens_read += len(said) > 0
                 said.append(token)
                 self._read.append(token)
@@ -127,7 +128,7 @@ class Model:
             return
         while len(said) < most:
             logits = self.logits(prompt + said)
-            said.append(draw(candidates(logits, sampling, prompt + said, self.forbidden), generator))
+            said.append(draw(candidates(logits, sampling, spoken + said, self.forbidden), generator))
             yield said[-1]
 
 

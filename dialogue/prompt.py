@@ -65,6 +65,14 @@ def find_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
     return Roles(*ids)
 
 
+def without_roles(ids: list[int], roles: Roles) -> list[int]:
+    """What a repetition penalty may fall on: the words that were said.
+
+    Each turn ends with <END>; penalised, the next reply would find no end.
+    """
+    return [token for token in ids if token not in roles]
+
+
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Text -> ids, with special tokens split: nothing in `text` can become a control token."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

@@ -151,8 +151,8 @@ def estimate_seconds(
     """
     tokens = count_tokens(held_out.rows)
     # Two models on 100 dialogues of some 150 tokens, one at a time, which takes twice as long as in rows; and the
-    # sampler's 480 short replies. Measured on the starter: 52 s, which this makes 54.
-    merging = 4 * min(tokens, 15_000) + 30_000
+    # sampler's 640 short replies.
+    merging = 4 * min(tokens, 15_000) + 40_000
     forward_tokens = (1 + evaluations) * tokens / arguments.world_size + merging
     return training_seconds + forward_tokens * rehearsal.seconds / rehearsal.tokens / 2
 

@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dialogue.corpus import Dialogues, fold
-from dialogue.prompt import BOT, END, USER, decode_text, encode_dialogue, find_roles
+from dialogue.prompt import BOT, END, USER, decode_text, encode_dialogue, find_roles, without_roles
 from dialogue.sampling import Sampling, candidates, draw
 
 CHAT = Sampling(temp=0.8, top_k=40, top_p=0.9)  # the defaults of `generate_text`
@@ -79,6 +79,7 @@ def answer(
     prompts = [[*_newest(encode_dialogue(tokenizer, turns), room), roles.bot] for turns in contexts]
     chance = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(len(prompts))]
     said: list[list[int]] = [[] for _ in prompts]
+    spoken = [without_roles(prompt, roles) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     model.eval()
     for start in range(0, len(order), batch_size):
@@ -95,7 +96,7 @@ def answer(
                 position_ids=positions.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1,
             ).logits[:, -1].float().cpu()  # fmt: skip
             for index, row in zip(talking, logits, strict=True):
-                choice = candidates(row, sampling, prompts[index] + said[index], forbidden)
+                choice = candidates(row, sampling, spoken[index] + said[index], forbidden)
                 said[index].append(draw(choice, chance[index]))
             going = [place for place, index in enumerate(talking) if said[index][-1] != roles.end]
             if not going:
@@ -130,24 +131,30 @@ def converse(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dialo
     return talks
 
 
+def words_of(text: str) -> list[str]:
+    """ "I'm fine, thanks - and you?" -> ["im", "fine", "thanks", "and", "you"]."""
+    words = (re.sub(r"[\W_]+", "", word) for word in text.casefold().split())
+    return [word for word in words if word]
+
+
 def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
     """["a", "b", "c"], 2 -> [("a", "b"), ("b", "c")]."""
     return list(zip(*(words[start:] for start in range(n)), strict=False))
 
 
 def measure(replies: list[Reply], known: set[str]) -> Callable[[np.ndarray], dict[str, float]]:
-    """Figures of the replies at given indices; words are without case and punctuation.
+    """Figures of the replies at given indices; words are what white space separates, without case and punctuation.
 
     distinct-n is the number of different n-grams over the number of all of them (Li et al. 2016, "A
     Diversity-Promoting Objective Function for Neural Conversation Models", section 5.3); it falls with the number
     of replies, so compare equal numbers. A reply repeats in which a 3-gram stands twice, and copies if it is one of
     `known` (folded).
     """
-    words = [fold(reply.text).split() for reply in replies]
+    words = [words_of(reply.text) for reply in replies]
     grams = {n: [ngrams(reply, n) for reply in words] for n in (1, 2)}
     rows = np.array(
         [
-            (len(spoken), reply.ended, len(set(threes := ngrams(spoken, 3))) < len(threes), " ".join(spoken) in known)
+            (len(spoken), reply.ended, len(set(threes := ngrams(spoken, 3))) < len(threes), fold(reply.text) in known)
             for reply, spoken in zip(replies, words, strict=True)
         ],
         dtype=float,

@@ -39,9 +39,11 @@ TRAINING_SETTINGS = (
 
 
 def duration(seconds: float) -> str:
-    """90 -> '2 min'; 5400 -> '1.5 h'; 200000 -> '2.3 days'."""
+    """95 -> '1 min 35 s'; 900 -> '15 min'; 5400 -> '1.5 h'; 200000 -> '2.3 days'."""
     if seconds < 60:
         return f"{seconds:.0f} s"
+    if seconds < 600:
+        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 86400 else f"{seconds / 86400:.1f} days"

@@ -106,6 +106,9 @@ def test_figures_of_replies_by_hand():
     assert figures["words"] == pytest.approx(10 / 3)
     assert figures["share_that_ends"] == pytest.approx(2 / 3)
     assert figures["share_that_repeats"] == figures["share_that_copies"] == pytest.approx(1 / 3)
+    same_beginning = [Reply("I'm a student. I'm a teacher - too", True)]  # two words twice, not three
+    figures = measure(same_beginning, set())(np.arange(1))
+    assert (figures["words"], figures["share_that_repeats"]) == (7, 0)
 
 
 def test_distinct_n_lies_in_its_own_interval():

@@ -184,6 +184,18 @@ def test_streamed_text_is_whole_and_plain_however_its_bytes_are_spread(text, sho
         assert talk.stats.new_tokens == len(ids)
 
 
+def test_a_repetition_penalty_leaves_the_end_of_a_reply_alone():
+    """Every turn of the prompt has an <END>; the logit of the word beside it is above its half."""
+    tokenizer = dialogue_tokenizer()
+    end, word = tokenizer.eos_token_id, tokenizer("b")["input_ids"][0]
+    engine = Script([end], len(tokenizer))
+    step = engine.step
+    engine.step = lambda ids: step(ids).index_fill(0, torch.tensor(word), 6.0)
+    talk = Conversation(Model(engine, tokenizer, 1024))
+    assert "".join(talk.reply("a", 1, Sampling(temp=0, repetition_penalty=2))) == ""
+    assert talk.stats.new_tokens == 0
+
+
 TOKENIZER = dialogue_tokenizer()
 
 
