@@ -150,9 +150,10 @@ def estimate_seconds(
     weights get no gradient (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1).
     """
     tokens = count_tokens(held_out.rows)
-    # Two models on 100 dialogues of some 150 tokens, one at a time, which takes twice as long as in rows; and the
-    # sampler's 640 short replies.
-    merging = 4 * min(tokens, 15_000) + 40_000
+    # Two models on 100 dialogues of some 150 tokens, one at a time, which takes twice as long as in rows; 640 short
+    # replies for the sampler, the model card's conversations, and saving. The constant was fitted on three runs of 2
+    # to 5 minutes on a CPU, which it puts at 0.93 to 1.07 of the time that they took.
+    merging = 4 * min(tokens, 15_000) + 70_000
     forward_tokens = (1 + evaluations) * tokens / arguments.world_size + merging
     return training_seconds + forward_tokens * rehearsal.seconds / rehearsal.tokens / 2
 
