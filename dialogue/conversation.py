@@ -141,13 +141,14 @@ class Conversation:
             return []
         *before, answer = self.turns
         ids = [token for turn in before for token in turn] + answer[:1]
+        spoken = without_roles(ids, self.model.roles)
         explained = []
         for token in answer[1:]:
-            spoken = without_roles(ids, self.model.roles)
             explained.append(
                 explain(self.model.logits(ids), token, self.sampling or sampling, spoken, self.model.forbidden)
             )
             ids.append(token)
+            spoken.append(token)
         return explained
 
     def undo(self) -> str | None:

@@ -133,7 +133,7 @@ def converse(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dialo
 
 def words_of(text: str) -> list[str]:
     """ "I'm fine, thanks - and you?" -> ["im", "fine", "thanks", "and", "you"]."""
-    words = (re.sub(r"[\W_]+", "", word) for word in text.casefold().split())
+    words = (fold(word).replace(" ", "") for word in text.split())
     return [word for word in words if word]
 
 
