@@ -23,28 +23,13 @@ from peft import LoraConfig, PeftModel
 from rich.console import Console
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from dialogue import base_model as base_models
-from dialogue import (
-    checkpoint,
-    command_line,
-    corpus,
-    fast,
-    hub,
-    lora,
-    memory,
-    merge,
-    pace,
-    packing,
-    rehearsal,
-    replies,
-    report,
-    sharding,
-    storage,
-    training,
-)
-from dialogue.loss import chunked_head
+from dialogue import hub, models, storage
+from dialogue.data import corpus, packing
+from dialogue.measure import merge, replies, report
+from dialogue.measure.likelihood import hold_out
 from dialogue.prompt import add_roles
-from dialogue.scores import hold_out
+from dialogue.train import lora, memory, options, pace, plan, runs, sharding, speedups, trainer
+from dialogue.train.loss import chunked_head
 
 # ---- Editable values ---------------------------------------------------------------------------------
 
@@ -66,7 +51,7 @@ lora_config = LoraConfig(
     r=8,  # rank of the update: more learns more, and takes more memory
     lora_alpha=32,  # the update is scaled by lora_alpha / r
     lora_dropout=0.05,
-    target_modules=["c_attn", "c_proj"],  # GPT-2's; other families have theirs in dialogue/base_model.py
+    target_modules=["c_attn", "c_proj"],  # GPT-2's; other families have theirs in dialogue/models.py
     task_type="CAUSAL_LM",
 )
 
@@ -95,7 +80,7 @@ presets: dict[str, dict] = {
         "training": {"learning_rate": 1e-3},
     },
     "starter": {
-        "base_model": base_models.STARTER,
+        "base_model": models.STARTER,
         "dataset": "chitchat",
         "max_train_dialogues": 1500,  # 600 take half of the time; word perplexity is 171 then, not 148
         # One pass sees nothing twice, so there is nothing to regularise; on a CPU dropout costs a sixth of the time.
@@ -116,15 +101,15 @@ presets: dict[str, dict] = {
 
 def main(argv: list[str] | None = None) -> None:
     """Load, pack, attach, rehearse, train, save, merge, certify."""
-    flags, training_flags = command_line.parse(argv, presets)
+    flags, training_flags = options.parse(argv, presets)
     preset = presets[flags.preset]
     names = ("base_model", "dataset", "max_train_dialogues", "max_length", "learn", "adapter_dir", "merged_dir",
              "early_stopping_patience")  # fmt: skip
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     chosen = {name: given.get(name, preset.get(name, globals()[name])) for name in names}
-    device = base_models.pick_device()
+    device = models.pick_device()
     on_cpu = {"use_cpu": device.type == "cpu"}  # several processes then talk through gloo
-    arguments = command_line.override(training_args, on_cpu | preset.get("training", {}) | training_flags)
+    arguments = options.override(training_args, on_cpu | preset.get("training", {}) | training_flags)
     adapters, merged = Path(chosen["adapter_dir"]), Path(chosen["merged_dir"])
     budget = pace.Budget(pace.parse_duration(flags.budget)) if flags.budget else None
     console = Console(quiet=arguments.process_index > 0)
@@ -134,10 +119,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # Dialogues -> rows of token ids
     talk = corpus.without_leaks(corpus.load_corpus(chosen["dataset"]))
-    config = base_models.load_config(chosen["base_model"])
-    tokenizer = base_models.load_tokenizer(chosen["base_model"])
+    config = models.load_config(chosen["base_model"])
+    tokenizer = models.load_tokenizer(chosen["base_model"])
     roles = add_roles(tokenizer)
-    length = min(chosen["max_length"], base_models.context_length(config))
+    length = min(chosen["max_length"], models.context_length(config))
     train_pieces, notes = packing.encode(tokenizer, talk.train[: chosen["max_train_dialogues"]], length)
     held_out = talk.validation[: max(100, len(train_pieces) // 10)]
     validation_pieces, _ = packing.encode(tokenizer, held_out, length)
@@ -152,15 +137,15 @@ def main(argv: list[str] | None = None) -> None:
     own = {name: getattr(flags, name) for name in ("load_in_8bit", "budget", "keep_dropout")}
     split = sharding.asked(flags.load_in_8bit)
     asked = {**chosen, **lora_changes, **own, "split": split or None}
-    asked = checkpoint.describe(asked, lora_config, arguments, rows, validation.rows)
-    begun = checkpoint.Begun()
+    asked = runs.describe(asked, lora_config, arguments, rows, validation.rows)
+    begun = runs.Begun()
     if not flags.plan:
-        begun = checkpoint.look(asked, adapters, merged, arguments, flags.resume, flags.overwrite)
-        console.print(checkpoint.in_words(begun, adapters), end="", highlight=False, markup=False, soft_wrap=True)
+        begun = runs.look(asked, adapters, merged, arguments, flags.resume, flags.overwrite)
+        console.print(runs.in_words(begun, adapters), end="", highlight=False, markup=False, soft_wrap=True)
 
     # Base model, as precise and as quick as memory allows, with LoRA and the three token rows on top
-    dtype = pace.agreed(base_models.pick_dtype(device, begun.decided.get("dtype")))
-    parameters = base_models.count_parameters(config)
+    dtype = pace.agreed(models.pick_dtype(device, begun.decided.get("dtype")))
+    parameters = models.count_parameters(config)
     needs = memory.Needs(
         arguments.per_device_train_batch_size, length, packing.mean_span(rows), dtype, device=device.type,
         shards=arguments.world_size if split else 1,
@@ -176,18 +161,18 @@ def main(argv: list[str] | None = None) -> None:
     if not flags.plan:
         storage.check_space({merged: int(2.1 * parameters)})
     quantised = quant_config if needs.in_8bit else None
-    fast.keep_freed_memory(not needs.in_8bit)
+    speedups.keep_freed_memory(not needs.in_8bit)
 
     def load(place: torch.device) -> PeftModel:
-        base = base_models.load_base(chosen["base_model"], dtype, place, tokenizer, quantised)
-        fast.trim_base(base, flags.keep_dropout, device)
+        base = models.load_base(chosen["base_model"], dtype, place, tokenizer, quantised)
+        speedups.trim_base(base, flags.keep_dropout, device)
         return lora.attach(base, lora_config, roles, lora_changes)
 
     model = load(torch.device("cpu") if split else device)
     if split and not begun.trained:
         sharding.split(model)
-    fast.speed_up(model)
-    arguments = command_line.override(
+    speedups.speed_up(model)
+    arguments = options.override(
         arguments,
         # gradients underflow in float16 unless they are scaled, which is what Trainer's fp16 does
         {
@@ -201,15 +186,15 @@ def main(argv: list[str] | None = None) -> None:
         lora.load_adapter(model, adapters)
     else:
         # Rehearsal and plan
-        rehearsed, arguments = rehearsal.rehearse_what_fits(model, tokenizer, rows, arguments)
+        rehearsed, arguments = plan.rehearse_what_fits(model, tokenizer, rows, arguments)
         rehearsed = pace.agreed(rehearsed)
-        steps, per_step, seconds = rehearsal.foresee(rehearsed, rows, validation, arguments)
+        steps, per_step, seconds = plan.foresee(rehearsed, rows, validation, arguments)
         if budget:
-            share = rehearsal.affordable_share(rehearsed, validation, budget.seconds, arguments)
+            share = plan.affordable_share(rehearsed, validation, budget.seconds, arguments)
             validation = hold_out(validation_pieces[: max(1, int(share * len(validation_pieces)))], tokenizer, length)
             steps, seconds = max(1, int(budget.seconds / per_step)), budget.seconds
             # The clock ends the run: twice the steps that are likely to fit are never reached.
-            arguments = command_line.override(arguments, {"max_steps": 2 * steps})
+            arguments = options.override(arguments, {"max_steps": 2 * steps})
         precision = f"{'int8 base, ' if needs.in_8bit else ''}{str(dtype).removeprefix('torch.')}"
         precision += f", split over {arguments.world_size} processes" * split
         report.show_example(console, tokenizer, rows[-1])
@@ -233,11 +218,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         if flags.plan:
             return
-        checkpoint.check_space(model, arguments, adapters, merged)
-        rehearsal.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
+        runs.check_space(model, arguments, adapters, merged)
+        plan.ask_before_days(seconds, flags.yes, [name for name in presets if name != flags.preset])
 
         # Train
-        command = command_line.repeat_command(argv)
+        command = options.repeat_command(argv)
         report.show_line(console, f"Repeat this run with: {command}")
         decided = {
             "dtype": str(dtype).removeprefix("torch."),
@@ -252,11 +237,11 @@ def main(argv: list[str] | None = None) -> None:
         began = time.perf_counter()
         with chunked_head(model):
             untuned = validation.score_in_shares(model, arguments)
-        pacing = training.Pacing(time.perf_counter() - began, budget)
+        pacing = trainer.Pacing(time.perf_counter() - began, budget)
         # Trainer itself would upload every checkpoint.
-        local = command_line.override(arguments, {"push_to_hub": False})
+        local = options.override(arguments, {"push_to_hub": False})
         patience = chosen["early_stopping_patience"]
-        trained = training.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience, pacing)
+        trained = trainer.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience, pacing)
 
         if split:
             model = sharding.join(model, load, device)
@@ -279,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.process_index:
         return  # the first process writes
     certificate = merge.write_merged(model, dtype, adapters, merged, tokenizer, sample, talk.validation)
-    checkpoint.clear(checkpoint.home(arguments))
+    runs.clear(runs.home(arguments))
     report.show_result(console, adapters, merged, certificate)
     if arguments.push_to_hub:
         token, private = arguments.hub_token, arguments.hub_private_repo

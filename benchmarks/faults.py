@@ -32,8 +32,9 @@ import torch
 from conftest import byte_tokenizer, save_random_gpt2
 
 import Fine_tuningmodel as script
-from dialogue import checkpoint, storage
+from dialogue import storage
 from dialogue.errors import exit_code
+from dialogue.train import runs
 
 # Measured anew in each run, the precision could change between the first start and the next.
 script.base_models.pick_dtype = lambda *_: torch.float32
@@ -181,11 +182,11 @@ def stopped_run(bench: Bench, name: str) -> Path:
 
 def newest_whole(bench: Bench, folder: Path) -> Path | None:
     """The checkpoint that the next start would go on from."""
-    newest = checkpoint.checkpoints(folder / "checkpoints")[0]
+    newest = runs.checkpoints(folder / "checkpoints")[0]
     run = json.loads((bench.home / "run.json").read_text())
     arguments = script.command_line.override(script.training_args, {"output_dir": str(folder / "checkpoints")})
     with redirect_stderr(io.StringIO()) as said:
-        found = checkpoint.look(run, folder / "lora", folder / "full", arguments, None, False).checkpoint
+        found = runs.look(run, folder / "lora", folder / "full", arguments, None, False).checkpoint
     assert (found != newest) == (f"{newest} is broken and passed over" in said.getvalue())
     return found
 
@@ -193,7 +194,7 @@ def newest_whole(bench: Bench, folder: Path) -> Path | None:
 def damage_each_file(bench: Bench, chance: random.Random) -> None:
     """Truncate each file of the newest checkpoint, and flip one byte of it: the one before has to be used."""
     folder = stopped_run(bench, "damaged")
-    newest, before = checkpoint.checkpoints(folder / "checkpoints")[:2]
+    newest, before = runs.checkpoints(folder / "checkpoints")[:2]
     run = json.loads((newest / storage.RUN_FILE).read_text())["run"]
     storage.write_json(bench.home / "run.json", run)
     assert newest_whole(bench, folder) == newest
@@ -262,16 +263,16 @@ def fill_the_disk(bench: Bench, chance: random.Random) -> None:
 def take_permission(bench: Bench) -> None:
     """The checkpoints' folder loses its permissions in the middle of a run."""
     folder = bench.home / "forbidden"
-    save = checkpoint.ResumableTrainer._save_checkpoint
+    save = runs.ResumableTrainer._save_checkpoint
 
-    def forbidden(trainer: checkpoint.ResumableTrainer, *args: object) -> None:
+    def forbidden(trainer: runs.ResumableTrainer, *args: object) -> None:
         if trainer.state.global_step == 4:
             (folder / "checkpoints").chmod(0o555)
             if os.geteuid() == 0:  # who may write all the same
                 os.seteuid(NOBODY)
         save(trainer, *args)
 
-    child = bench.start(folder, before=lambda: setattr(checkpoint.ResumableTrainer, "_save_checkpoint", forbidden))
+    child = bench.start(folder, before=lambda: setattr(runs.ResumableTrainer, "_save_checkpoint", forbidden))
     code = exit_code_of(child)
     assert code == 2 and "Permission denied" in log(folder).splitlines()[-1], (code, log(folder))
     assert "Traceback" not in log(folder)

@@ -18,11 +18,13 @@ import transformers
 from peft import PeftModel
 
 import Fine_tuningmodel as script
-from dialogue import base_model as base_models
-from dialogue import command_line, corpus, fast, lora, packing, report, training
+from dialogue import models
+from dialogue.data import corpus, packing
+from dialogue.measure import report
+from dialogue.measure.likelihood import hold_out
+from dialogue.measure.replies import Reply, answer, find_contexts, measure
 from dialogue.prompt import add_roles
-from dialogue.replies import Reply, answer, find_contexts, measure
-from dialogue.scores import hold_out
+from dialogue.train import lora, options, speedups, trainer
 
 PRESET = script.presets["starter"]
 CONTEXTS = 100  # replies a row
@@ -52,12 +54,12 @@ def main() -> None:
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
     talk = corpus.without_leaks(corpus.load_corpus(PRESET["dataset"]))
-    tokenizer = base_models.load_tokenizer(PRESET["base_model"])
+    tokenizer = models.load_tokenizer(PRESET["base_model"])
     roles = add_roles(tokenizer)
-    device = base_models.pick_device()
-    base = base_models.load_base(PRESET["base_model"], base_models.pick_dtype(device), device, tokenizer)
-    fast.keep_freed_memory()
-    fast.trim_base(base)
+    device = models.pick_device()
+    base = models.load_base(PRESET["base_model"], models.pick_dtype(device), device, tokenizer)
+    speedups.keep_freed_memory()
+    speedups.trim_base(base)
     length = PRESET["max_length"]
     validation = hold_out(packing.encode(tokenizer, talk.validation[:100], length).pieces, tokenizer, length)
     contexts = find_contexts(talk.test, CONTEXTS, seed=0)
@@ -66,7 +68,7 @@ def main() -> None:
         folder = tempfile.mkdtemp()
         once = {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no"}
         fields = PRESET["training"] | once | change.get("training", {})
-        arguments = command_line.override(script.training_args, fields)
+        arguments = options.override(script.training_args, fields)
         transformers.set_seed(arguments.seed)
         pieces = packing.encode(tokenizer, talk.train[: round(flags.dialogues * change.get("share", 1))], length).pieces
         rows = packing.pack(pieces, tokenizer, length, change.get("learn", script.learn))
@@ -77,9 +79,9 @@ def main() -> None:
                     base.config.initializer_range
                 ).to(base.dtype)  # fmt: skip
         model: PeftModel = lora.attach(fresh, script.lora_config, roles, PRESET["lora"] | change.get("lora", {}))
-        fast.speed_up(model)
+        speedups.speed_up(model)
         start = time.perf_counter()
-        trained = training.train(model, tokenizer, rows, validation, arguments, run={})
+        trained = trainer.train(model, tokenizer, rows, validation, arguments, run={})
         seconds = time.perf_counter() - start
         shutil.rmtree(folder)
         said = answer(model.merge_and_unload(), tokenizer, [context.turns for context in contexts])

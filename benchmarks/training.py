@@ -26,11 +26,13 @@ import transformers
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from dialogue import base_model, corpus, fast, lora, packing
-from dialogue.memory import forget_peak, peak_memory
+from dialogue import models
+from dialogue.data import corpus, packing
+from dialogue.measure.likelihood import hold_out
 from dialogue.prompt import add_roles
-from dialogue.scores import hold_out
-from dialogue.training import train
+from dialogue.train import lora, speedups
+from dialogue.train.memory import forget_peak, peak_memory
+from dialogue.train.trainer import train
 
 PEERS = {
     "original": "pad to 512, float32, batch of 4",
@@ -103,22 +105,22 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
     transformers.set_seed(0)
     ours = peer.startswith("ours")
     dtype = torch.float32 if peer == "original" else torch.bfloat16
-    tokenizer = base_model.load_tokenizer(options.base)
+    tokenizer = models.load_tokenizer(options.base)
     roles = add_roles(tokenizer)
     talk = corpus.load_corpus(options.data)
     pieces = packing.encode(tokenizer, talk.train[: options.dialogues], LENGTH).pieces
     singles = [packing.to_row(piece, "both", roles.bot) for piece in pieces]
     rows = packing.pack(pieces, tokenizer, LENGTH, "both") if ours else singles
-    base = base_model.load_base(options.base, dtype, CPU, tokenizer)
+    base = models.load_base(options.base, dtype, CPU, tokenizer)
     config = LoraConfig(
         r=8, lora_alpha=32, lora_dropout=0.05, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM"
     )
     if ours:
-        fast.keep_freed_memory()
-        fast.trim_base(base, keep_dropout=peer != "ours")
+        speedups.keep_freed_memory()
+        speedups.trim_base(base, keep_dropout=peer != "ours")
     model = lora.attach(base, config, roles)
     if ours:
-        fast.speed_up(model)
+        speedups.speed_up(model)
     base.config.use_cache = False
     clock = Clock(options.seconds if options.epochs is None else float("inf"))
     settings: dict[str, Any] = {
@@ -175,14 +177,14 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def time_ours(model: Any, tokenizer: Any, rows: Any, pieces: Any, settings: dict[str, Any], clock: Clock) -> Any:
     """The project's own training, with the clock among its callbacks."""
-    from dialogue import training
+    from dialogue.train import trainer
 
-    class Timed(training.DialogueTrainer):
+    class Timed(trainer.DialogueTrainer):
         def __init__(self, *arguments: Any, **keywords: Any) -> None:
             super().__init__(*arguments, **keywords)
             self.add_callback(clock)
 
-    training.DialogueTrainer = Timed  # type: ignore[misc]
+    trainer.DialogueTrainer = Timed  # type: ignore[misc]
     train(model, tokenizer, rows, hold_out(pieces[:1], tokenizer, LENGTH), TrainingArguments(**settings), {})
     per_step = sum(len(row["labels"]) for row in rows) / len(rows) * settings["per_device_train_batch_size"]
     return figures(clock, per_step)
@@ -230,13 +232,13 @@ def draw(options: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     torch.set_num_threads(options.threads)
-    fast.keep_freed_memory()
-    tokenizer = base_model.load_tokenizer(options.base)
+    speedups.keep_freed_memory()
+    tokenizer = models.load_tokenizer(options.base)
     roles = add_roles(tokenizer)
     talk = corpus.load_corpus(options.data)
     pieces = packing.encode(tokenizer, talk.train[: options.dialogues], 256).pieces
     held_out = hold_out(packing.encode(tokenizer, talk.validation[:60], 256).pieces, tokenizer, 256)
-    dtype = base_model.pick_dtype(CPU)
+    dtype = models.pick_dtype(CPU)
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     for name, packed, rate, batch in (
         ("one dialogue a row, batch of 8, 3e-4 (the original)", False, 3e-4, 8),
@@ -245,13 +247,13 @@ def draw(options: argparse.Namespace) -> None:
         transformers.set_seed(0)
         rows = packing.pack(pieces, tokenizer, 256, "both") if packed else None
         rows = rows or [packing.to_row(piece, "both", roles.bot) for piece in pieces]
-        base = base_model.load_base(options.base, dtype, CPU, tokenizer)
-        fast.trim_base(base)
+        base = models.load_base(options.base, dtype, CPU, tokenizer)
+        speedups.trim_base(base)
         config = LoraConfig(
             r=8, lora_alpha=32, lora_dropout=0.0, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM"
         )
         model = lora.attach(base, config, roles)
-        fast.speed_up(model)
+        speedups.speed_up(model)
         per_epoch = -(-len(rows) // batch)
         arguments = TrainingArguments(
             output_dir=tempfile.mkdtemp(), num_train_epochs=options.epochs, per_device_train_batch_size=batch,
@@ -278,7 +280,7 @@ def random_gpt2(folder: str, tokenizer: str) -> str:
     if all(file.is_file() for file in files):
         GPT2Tokenizer(vocab=str(files[0]), merges=str(files[1])).save_pretrained(folder)
     else:
-        base_model.load_tokenizer(tokenizer).save_pretrained(folder)
+        models.load_tokenizer(tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -303,7 +305,7 @@ def main() -> None:
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     if options.curves:
-        options.base, options.epochs = options.base or base_model.STARTER, options.epochs or 2
+        options.base, options.epochs = options.base or models.STARTER, options.epochs or 2
         draw(options)
     elif options.peer:
         print(json.dumps(measure(options.peer, options)))

@@ -22,13 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from dialogue import base_model as base_models
-from dialogue import merge, packing
-from dialogue.corpus import Dialogues, fold, load_corpus, without_leaks, without_overlap
+from dialogue import models
+from dialogue.data import packing
+from dialogue.data.corpus import Dialogues, fold, load_corpus, without_leaks, without_overlap
 from dialogue.errors import UserError, exit_code
+from dialogue.measure import merge
+from dialogue.measure.likelihood import Estimate, Score, bootstrap, score_each
+from dialogue.measure.replies import CHAT, OPENERS, Context, Reply, answer, check_openers, find_contexts, measure
 from dialogue.prompt import find_roles
-from dialogue.replies import CHAT, OPENERS, Context, Reply, answer, check_openers, find_contexts, measure
-from dialogue.scores import Estimate, Score, bootstrap, score_each
 from dialogue.storage import RUN_FILE, write_json
 
 REFERENCE_PACKAGES = "sacrebleu==2.6.0 rouge-score==0.1.2"
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     console = Console()
     run = _run_settings(Path(flags.model))
-    tokenizer = base_models.load_tokenizer(flags.model)
+    tokenizer = models.load_tokenizer(flags.model)
     loaders = _loaders(flags.model, flags.base or run.get("base_model"), tokenizer)
     if flags.compare:
         compare(console, loaders, tokenizer, flags.max_t, flags.seed)
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             **generated(model, tokenizer, contexts, known, flags),
         }
         del model
-        base_models.free()
+        models.free()
     people = [Reply(context.human, True) for context in contexts]
     results["people"] = {"replies": bootstrap(len(people), measure(people, known), flags.seed)}
     show(
@@ -105,7 +106,7 @@ def likelihood(
 ) -> dict[str, dict[str, Estimate]]:
     """Figures of the replies of the whole split, and of those dialogues of it that do not overlap training."""
     ours = {id(turns) for turns in apart}
-    length = min(MAX_LENGTH, base_models.context_length(model.config))
+    length = min(MAX_LENGTH, models.context_length(model.config))
     parts = [apart, [turns for turns in split if id(turns) not in ours]]
     pieces = [packing.encode(tokenizer, dialogues, length).pieces for dialogues in parts]
     scores = score_each(model, pieces[0] + pieces[1], tokenizer)
@@ -188,7 +189,7 @@ def compare(
             [reply.text for reply in answer(model, tokenizer, [[o] for o in OPENERS], max_t=max_t, seed=seed)]
         )
         del model
-        base_models.free()
+        models.free()
     if weights[0] == weights[1]:
         raise UserError("both columns would come from the same weights: nothing was trained, or --base is --model")
     table = Table("opener", *loaders, title=f"The same {len(OPENERS)} openers, seed {seed}", show_lines=True)
@@ -236,11 +237,11 @@ def _loaders(name: str, base: str | None, tokenizer: PreTrainedTokenizerBase) ->
         raise UserError(f"{name} is no dialogue model: {error}") from error
     if not base:
         raise UserError(f"{name} does not say which model it was trained from: give --base")
-    device = base_models.pick_device()
-    dtype = base_models.pick_dtype(device)
+    device = models.pick_device()
+    dtype = models.pick_dtype(device)
 
     def load_base() -> Any:
-        return base_models.load_base(base, dtype, device, tokenizer).eval()
+        return models.load_base(base, dtype, device, tokenizer).eval()
 
     def load_tuned() -> Any:
         try:

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import Fine_tuningmodel as script
 import main as chat
-from dialogue import storage, training
+from dialogue import storage
 from dialogue.errors import UserError, exit_code
 from dialogue.prompt import add_roles
+from dialogue.train import trainer
 
 DIALOGUE = {"dialog": ["Hello, how are you?", "Fine, thank you."]}
 GOOD = "".join(json.dumps({"dialog": [f"Hello {n}", f"And you, {n}?"]}) + "\n" for n in range(30))
@@ -296,8 +297,8 @@ def test_a_folder_that_may_not_be_written(name, base, here, capsys, monkeypatch)
 def adapter(folder, base):
     from peft import LoraConfig
 
-    from dialogue.base_model import load_base
-    from dialogue.lora import attach, save_adapter
+    from dialogue.models import load_base
+    from dialogue.train.lora import attach, save_adapter
 
     tokenizer = byte_tokenizer()
     roles = add_roles(tokenizer)
@@ -427,6 +428,6 @@ def test_debug_shows_tracebacks(base, here, monkeypatch):
     for run in (lambda: chat.main(["--model", "./nowhere"]), lambda: script.main(["--dataset", "./nowhere"])):
         with pytest.raises(UserError):
             exit_code(run, debug=True)
-    monkeypatch.setattr(training, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(trainer, "train", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):  # a bug shows itself in any case
         train(base)

@@ -13,9 +13,11 @@ import torch
 from conftest import byte_tokenizer, save_random_gpt2
 
 import Fine_tuningmodel as script
-from dialogue import checkpoint, merge, storage, training
+from dialogue import storage
 from dialogue.errors import UserError, exit_code
-from dialogue.scores import HeldOut
+from dialogue.measure import merge
+from dialogue.measure.likelihood import HeldOut
+from dialogue.train import runs, trainer
 
 STEPS = 11  # of 4 an epoch
 
@@ -39,7 +41,7 @@ def source(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _always_float32(monkeypatch):
     """The precision is measured, and another one would be another result."""
-    monkeypatch.setattr("dialogue.base_model.pick_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr("dialogue.models.pick_dtype", lambda *_: torch.float32)
 
 
 def run(source, folder, *more):
@@ -57,7 +59,7 @@ def whole(source, tmp_path_factory):
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dialogue.base_model.pick_dtype", lambda *_: torch.float32)
+        patch.setattr("dialogue.models.pick_dtype", lambda *_: torch.float32)
         assert run(source, folder) == 0
     return folder
 
@@ -67,7 +69,7 @@ def stopped(source, tmp_path_factory):
     """The folder of a run that SIGTERM ended after step 6."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dialogue.base_model.pick_dtype", lambda *_: torch.float32)
+        patch.setattr("dialogue.models.pick_dtype", lambda *_: torch.float32)
         stop_after(patch, 6, signal.SIGTERM)
         assert run(source, folder) == 143
     return folder
@@ -75,14 +77,14 @@ def stopped(source, tmp_path_factory):
 
 def stop_after(patch, step, number):
     """Send this process a signal when `step` ends."""
-    on_step_end = training.Progressed.on_step_end
+    on_step_end = trainer.Progressed.on_step_end
 
     def on_step_end_and_stop(self, args, state, control, **keywords):
         on_step_end(self, args, state, control, **keywords)
         if state.global_step == step:
             os.kill(os.getpid(), number)
 
-    patch.setattr(training.Progressed, "on_step_end", on_step_end_and_stop)
+    patch.setattr(trainer.Progressed, "on_step_end", on_step_end_and_stop)
 
 
 def stop_in_evaluation(patch, number):
@@ -111,7 +113,7 @@ def test_stopped_anywhere_it_ends_with_bitwise_the_same(source, whole, tmp_path,
             stop(patch)
             assert run(source, tmp_path) == code
         assert f"stopped and saved at step {step} of {STEPS}: the same command" in capsys.readouterr().err
-        newest = checkpoint.checkpoints(tmp_path / "checkpoints")[0]
+        newest = runs.checkpoints(tmp_path / "checkpoints")[0]
         assert newest.name == f"checkpoint-{step}" and storage.damage(newest) is None
     assert run(source, tmp_path) == 0
     assert f"Resuming from {newest}" in capsys.readouterr().out
@@ -123,16 +125,16 @@ def test_stopped_anywhere_it_ends_with_bitwise_the_same(source, whole, tmp_path,
 
 
 def test_sample_replies_are_shown_and_change_nothing(source, whole, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training.DialogueTrainer, "sample_replies", lambda self: [("Hi", "\x1b[31mred\u202e")])
+    monkeypatch.setattr(trainer.DialogueTrainer, "sample_replies", lambda self: [("Hi", "\x1b[31mred\u202e")])
     assert run(source, tmp_path) == 0
     assert weights(tmp_path) == weights(whole)
     assert capsys.readouterr().err.count("you> Hi\n  bot> red\n") == 4
     monkeypatch.undo()
     with monkeypatch.context() as patch:
-        patch.setattr("dialogue.base_model.pick_dtype", lambda *_: torch.float32)
+        patch.setattr("dialogue.models.pick_dtype", lambda *_: torch.float32)
         assert run(source, tmp_path, "--overwrite", "--max_steps", "3") == 0
     said = capsys.readouterr().err
-    assert all(f"you> {opener}\n  bot> " in said for opener in training.OPENERS)
+    assert all(f"you> {opener}\n  bot> " in said for opener in trainer.OPENERS)
 
 
 def test_a_killed_merge_is_finished_without_training_again(source, whole, tmp_path, monkeypatch, capsys):
@@ -140,7 +142,7 @@ def test_a_killed_merge_is_finished_without_training_again(source, whole, tmp_pa
         patch.setattr(merge, "certify", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert run(source, tmp_path) == 143
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "lora"}
-    monkeypatch.setattr(training, "train", None)
+    monkeypatch.setattr(trainer, "train", None)
     assert run(source, tmp_path) == 0
     assert "only the merge is to be done" in capsys.readouterr().out
     assert (tmp_path / "full/run.json").read_bytes() == (tmp_path / "lora/run.json").read_bytes()
@@ -164,7 +166,7 @@ def test_another_run_is_named_field_by_field(source, stopped, tmp_path, monkeypa
         assert "learning_rate 0.01, now 0.5" in said and "learn both, now bot" in said and "training data" in said
         assert "seed" not in said and said.count("\n") == 1
     assert sorted((tmp_path / "checkpoints").iterdir()) == before
-    monkeypatch.setattr(training, "train", lambda *args: pytest.fail(f"resumed: {args[-3]}") if args[-3] else 1 / 0)
+    monkeypatch.setattr(trainer, "train", lambda *args: pytest.fail(f"resumed: {args[-3]}") if args[-3] else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(source, tmp_path, "--learning_rate", "0.5", "--overwrite")
     assert not (tmp_path / "checkpoints").exists()
@@ -184,7 +186,7 @@ def test_what_does_not_decide_the_result_may_change(source, stopped, whole, tmp_
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(source, stopped, whole, tmp_path, capsys):
     copy_of(stopped, tmp_path)
-    newest, before = checkpoint.checkpoints(tmp_path / "checkpoints")
+    newest, before = runs.checkpoints(tmp_path / "checkpoints")
     (newest / "optimizer.pt").write_bytes((newest / "optimizer.pt").read_bytes()[:-1])
     assert run(source, tmp_path) == 0
     out, err = capsys.readouterr()
@@ -211,7 +213,7 @@ def test_nothing_unpickled_from_a_checkpoint_can_run_code(source, stopped, tmp_p
             return os.mkdir, (str(tmp_path / "owned"),)
 
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        newest = copy_of(checkpoint.checkpoints(stopped / "checkpoints")[0], tmp_path / "checkpoints/checkpoint-6")
+        newest = copy_of(runs.checkpoints(stopped / "checkpoints")[0], tmp_path / "checkpoints/checkpoint-6")
         torch.save(Evil(), newest / name)
         (newest / storage.MANIFEST).unlink()
         storage.seal(newest)
@@ -239,7 +241,7 @@ def test_the_second_signal_leaves_at_once(source, tmp_path):
     code = (
         "import sys, time, os; sys.path.insert(0, sys.argv.pop(1)); import Fine_tuningmodel as script\n"
         "from dialogue.errors import exit_code\n"
-        "from dialogue import checkpoint, storage\n"
+        "from dialogue import storage\n"
         "seal = storage.seal\n"
         "def slow(folder):\n"
         "    if 'checkpoint-3' in folder.name: print('saving', flush=True); time.sleep(600)\n"
@@ -271,8 +273,8 @@ def test_the_second_signal_leaves_at_once(source, tmp_path):
             assert process.wait(60) == -signal.SIGINT
         finally:
             process.kill()
-    assert [path.name for path in checkpoint.checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2", "checkpoint-1"]
-    assert all(storage.damage(path) is None for path in checkpoint.checkpoints(tmp_path / "checkpoints"))
+    assert [path.name for path in runs.checkpoints(tmp_path / "checkpoints")] == ["checkpoint-2", "checkpoint-1"]
+    assert all(storage.damage(path) is None for path in runs.checkpoints(tmp_path / "checkpoints"))
 
 
 def test_a_full_disk_is_said_beforehand(source, tmp_path, monkeypatch):
@@ -280,4 +282,4 @@ def test_a_full_disk_is_said_beforehand(source, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not enough disk"):
         model = torch.nn.Linear(4, 4)
         model.num_parameters = lambda: 20
-        checkpoint.check_space(model, script.training_args, tmp_path / "lora", tmp_path / "full")
+        runs.check_space(model, script.training_args, tmp_path / "lora", tmp_path / "full")

@@ -8,7 +8,7 @@ from conftest import DAILYDIALOG, needs_dailydialog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dialogue.cleaning import clean
+from dialogue.data.cleaning import clean
 
 
 @pytest.mark.parametrize(

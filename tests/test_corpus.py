@@ -10,9 +10,9 @@ from conftest import DAILYDIALOG, needs_dailydialog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dialogue.corpus import DAILYDIALOG_SIZES, SOURCES, hold_out, load_corpus
+from dialogue.data.corpus import DAILYDIALOG_SIZES, SOURCES, hold_out, load_corpus
+from dialogue.data.readers import LEADING, ONE_TURN, SYSTEM, read_file
 from dialogue.errors import UserError
-from dialogue.readers import LEADING, ONE_TURN, SYSTEM, read_file
 
 TALK = [["Hi there .", "Hello !"], ["How are you ?", "Fine .", "Good ."]] * 20
 CLEAN = [["Hi there.", "Hello!"], ["How are you?", "Fine.", "Good."]] * 20

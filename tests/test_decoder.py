@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
 
-from dialogue import decoder, kernels
-from dialogue.decoder import Decoder, supported
+from dialogue.chat import decoder, kernels
+from dialogue.chat.decoder import Decoder, supported
 
 CONTEXT = 80
 LLAMA = {

@@ -31,12 +31,12 @@ from transformers import (
 )
 
 import main as chat
-from dialogue.base_model import load_base
 from dialogue.errors import exit_code
 from dialogue.export import main as export
-from dialogue.lora import attach, save_adapter
-from dialogue.merge import merge
+from dialogue.measure.merge import merge
+from dialogue.models import load_base
 from dialogue.prompt import add_roles, encode_dialogue
+from dialogue.train.lora import attach, save_adapter
 
 CPU = torch.device("cpu")
 TALK = [

@@ -14,14 +14,17 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import Fine_tuningmodel as script
-from dialogue import evaluate, fast, fitting, lora, merge, packing, replies
-from dialogue.base_model import load_base
-from dialogue.corpus import Corpus, fold, load_corpus, without_leaks, without_overlap
+from dialogue import evaluate
+from dialogue.chat.sampling import Sampling
+from dialogue.data import packing
+from dialogue.data.corpus import Corpus, fold, load_corpus, without_leaks, without_overlap
 from dialogue.errors import UserError, exit_code
+from dialogue.measure import fitting, merge, replies
+from dialogue.measure.likelihood import Score, bootstrap, hold_out, score_each
+from dialogue.measure.replies import OPENERS, Reply, answer, check_openers, converse, find_contexts, measure
+from dialogue.models import load_base
 from dialogue.prompt import add_roles
-from dialogue.replies import OPENERS, Reply, answer, check_openers, converse, find_contexts, measure
-from dialogue.sampling import Sampling
-from dialogue.scores import Score, bootstrap, hold_out, score_each
+from dialogue.train import lora, speedups
 
 TALK = [
     ["Hello there!", "Hi. How are you?", "Fine.", "Good to hear that."],
@@ -157,9 +160,9 @@ def test_a_model_in_training_answers_a_batch_as_its_base_does(base):
     model, tokenizer = copy.deepcopy(base[0]), base[1]
     contexts = [turns[:1] for turns in TALK]
     expected = answer(model, tokenizer, contexts, Sampling(temp=0), max_t=12)
-    fast.trim_base(model)
+    speedups.trim_base(model)
     training = lora.attach(model, script.lora_config, add_roles(tokenizer))
-    fast.speed_up(training)
+    speedups.speed_up(training)
     assert answer(training, tokenizer, contexts, Sampling(temp=0), max_t=12) == expected
 
 

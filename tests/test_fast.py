@@ -9,11 +9,11 @@ from peft import LoraConfig
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dialogue import fast
-from dialogue.lora import attach
-from dialogue.loss import chunked_head
-from dialogue.packing import collate, encode, pack
+from dialogue.data.packing import collate, encode, pack
 from dialogue.prompt import add_roles
+from dialogue.train import speedups
+from dialogue.train.lora import attach
+from dialogue.train.loss import chunked_head
 
 DIALOGUES = [["Hi there", "Hello, how are you?", "Fine"], ["What time is it?", "Noon."], ["Bye", "See you", "ok", "!"]]
 GPT2 = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -65,10 +65,10 @@ def test_losses_and_gradients_are_those_of_peft(family, talk):
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
     quick = copy.deepcopy(base)
-    fast.trim_base(quick)
+    speedups.trim_base(quick)
     plain, quick = attached(base, roles), attached(quick, roles)
-    fast.speed_up(quick)
-    assert quick.config._attn_implementation == fast.ATTENTION
+    speedups.speed_up(quick)
+    assert quick.config._attn_implementation == speedups.ATTENTION
     losses = []
     for model in (plain, quick):
         model.train()
@@ -88,9 +88,9 @@ def test_without_adapters_and_with_a_cache_the_base_model_answers(talk):
     roles, size, _ = talk
     base = base_model("gpt2", size)
     expected = copy.deepcopy(base).eval()
-    fast.trim_base(base)
+    speedups.trim_base(base)
     model = attached(base, roles).eval()
-    fast.speed_up(model)
+    speedups.speed_up(model)
     ids = torch.arange(12)[None] + 30
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected(ids).logits)
@@ -103,16 +103,16 @@ def test_a_frozen_base_has_no_dropout_of_its_own_unless_wished(talk):
     roles, size, batch = talk
     for keep in (False, True):
         base = base_model("gpt2", size)
-        fast.trim_base(base, keep_dropout=keep)
+        speedups.trim_base(base, keep_dropout=keep)
         model = attached(base, roles).train()
-        fast.speed_up(model)
+        speedups.speed_up(model)
         first, second = (model(**batch, use_cache=False).loss.item() for _ in range(2))
         assert (first != second) is keep
 
 
 def test_cheap_dropout_drops_its_share_and_keeps_the_mean():
     torch.manual_seed(0)
-    dropout = fast.CheapDropout(0.3)
+    dropout = speedups.CheapDropout(0.3)
     x = torch.ones(1001, 999, requires_grad=True)
     y = dropout(x)
     assert (y == 0).float().mean().item() == pytest.approx(0.3, abs=2e-3)

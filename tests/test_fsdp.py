@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config
 
 import Fine_tuningmodel as script
-from dialogue import memory, sharding
 from dialogue.errors import UserError
+from dialogue.train import memory, sharding
 
 HERE = Path(__file__).resolve().parent
 LAUNCH = [

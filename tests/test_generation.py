@@ -9,14 +9,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from dialogue.base_model import load_base
-from dialogue.commands import COMMANDS, run
-from dialogue.conversation import Conversation, check
+from dialogue.chat.commands import COMMANDS, run
+from dialogue.chat.conversation import Conversation, check
+from dialogue.chat.engine import Model, TransformersEngine, load
+from dialogue.chat.sampling import Sampling
+from dialogue.chat.terminal import Chat, in_background
 from dialogue.errors import UserError
-from dialogue.generation import Model, TransformersEngine, load
+from dialogue.models import load_base
 from dialogue.prompt import add_roles, encode_dialogue
-from dialogue.sampling import Sampling
-from dialogue.terminal import Chat, in_background
 
 GREEDY = Sampling(temp=0)
 DEFAULTS = {"max_t": 2, "temp": 0.8, "top_k": 40, "top_p": 0.9}
@@ -320,7 +320,7 @@ def test_any_command_does_its_work_or_says_what_is_wrong(lines, model, tmp_path,
 def test_an_adapter_folder_is_merged_into_its_base(random_gpt2, tmp_path):
     from peft import LoraConfig
 
-    from dialogue.lora import attach, save_adapter
+    from dialogue.train.lora import attach, save_adapter
 
     tokenizer = dialogue_tokenizer()
     base = load_base(str(random_gpt2), torch.float32, torch.device("cpu"), tokenizer)

@@ -9,10 +9,10 @@ from test_decoder import CONFIGS, CONTEXT, random_model, tokens
 from test_generation import GREEDY, dialogue_tokenizer, say
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from dialogue.conversation import Conversation
-from dialogue.generation import Model
-from dialogue.graphs import BROKEN, GraphDecoder, pick
-from dialogue.sampling import Sampling, candidates
+from dialogue.chat.conversation import Conversation
+from dialogue.chat.cuda_graph import BROKEN, GraphDecoder, pick
+from dialogue.chat.engine import Model
+from dialogue.chat.sampling import Sampling, candidates
 
 EVERYTHING = Sampling(0.7, 20, 0.9, 0.01, 1.2)
 

@@ -15,10 +15,10 @@ from stand_in_hub import Hub
 
 import Fine_tuningmodel as script
 from dialogue import hub as hub_module
-from dialogue.base_model import load_config
-from dialogue.corpus import DAILYDIALOG_SIZES, SOURCES, load_corpus
+from dialogue.chat.engine import load
+from dialogue.data.corpus import DAILYDIALOG_SIZES, SOURCES, load_corpus
 from dialogue.errors import UserError, exit_code
-from dialogue.generation import load
+from dialogue.models import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--max_steps", "2", "--max_train_dialogues", "16", "--max_length", "96", "--per_device_train_batch_size", "2"]

@@ -5,12 +5,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors import safe_open
 
-from dialogue.base_model import load_base
+from dialogue.data.packing import collate, encode, pack
 from dialogue.errors import UserError
-from dialogue.lora import attach, save_adapter
-from dialogue.loss import chunked_head
-from dialogue.packing import collate, encode, pack
+from dialogue.models import load_base
 from dialogue.prompt import add_roles
+from dialogue.train.lora import attach, save_adapter
+from dialogue.train.loss import chunked_head
 
 CPU = torch.device("cpu")
 DIALOGUES = [["Hi there", "Hello, how are you?", "Fine"], ["What time is it?", "Noon."], ["Bye", "See you"]]
@@ -36,7 +36,7 @@ def gradients(model):
 
 
 def test_chunked_loss_and_gradients_equal_the_plain_ones(attached, monkeypatch):
-    monkeypatch.setattr("dialogue.loss.CHUNK", 7)  # several chunks, the last one short
+    monkeypatch.setattr("dialogue.train.loss.CHUNK", 7)  # several chunks, the last one short
     model, _, batch = attached
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

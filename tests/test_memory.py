@@ -6,11 +6,11 @@ from conftest import gpt2_tokenizer
 from test_fast import attached, base_model
 from transformers import BitsAndBytesConfig, GPT2Config, TrainingArguments
 
-from dialogue import fast, memory
-from dialogue.base_model import load_base
-from dialogue.command_line import parse
-from dialogue.loss import chunked_head
+from dialogue.models import load_base
 from dialogue.prompt import Roles
+from dialogue.train import memory, speedups
+from dialogue.train.loss import chunked_head
+from dialogue.train.options import parse
 
 SPAN = 64  # tokens of a dialogue, and of a row
 
@@ -42,9 +42,9 @@ def test_what_a_block_keeps_is_what_the_arithmetic_says(family, dropout):
     totals = []
     for layers in (1, 2):
         base = base_model(family, 300, layers=layers).to(torch.bfloat16)
-        fast.trim_base(base)
+        speedups.trim_base(base)
         model = attached(base, Roles(297, 298, 299), dropout).train()
-        fast.speed_up(model)
+        speedups.speed_up(model)
         with chunked_head(model):
             totals.append(kept_bytes(model, 2))
     needs = memory.Needs(2, SPAN, SPAN)

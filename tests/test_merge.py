@@ -8,11 +8,11 @@ from conftest import byte_tokenizer
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from dialogue.data.packing import encode, to_row
 from dialogue.errors import UserError
-from dialogue.lora import attach
-from dialogue.merge import MAX_PERPLEXITY_CHANGE, certify
-from dialogue.packing import encode, to_row
+from dialogue.measure.merge import MAX_PERPLEXITY_CHANGE, certify
 from dialogue.prompt import add_roles
+from dialogue.train.lora import attach
 
 
 @pytest.mark.parametrize("dialogues", [1, 60])

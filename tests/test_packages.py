@@ -6,7 +6,7 @@ import zipfile
 import pytest
 
 from dialogue.errors import UserError
-from dialogue.packages import Carrier, fetch
+from dialogue.wheels import Carrier, fetch
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from dialogue.packing import IGNORED, collate, cut_dialogue, encode, pack, supervise, to_row
+from dialogue.data.packing import IGNORED, collate, cut_dialogue, encode, pack, supervise, to_row
 from dialogue.prompt import add_roles
 
 USER, BOT, END = 1, 2, 3

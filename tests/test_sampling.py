@@ -15,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dialogue.sampling import Sampling, candidates, draw, explain, penalise
+from dialogue.chat.sampling import Sampling, candidates, draw, explain, penalise
 
 # Halves make ties frequent; floats make them rare; minus infinity is what a ban leaves behind.
 values = st.one_of(st.integers(-12, 12).map(lambda n: n / 2), st.floats(-30, 30, width=32), st.just(-math.inf))

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
 import Fine_tuningmodel as script
-from dialogue import kernels
-from dialogue.base_model import STARTER, load_base
-from dialogue.corpus import DAILYDIALOG_LICENCE
+from dialogue.chat import kernels
+from dialogue.data.corpus import DAILYDIALOG_LICENCE
 from dialogue.errors import UserError, exit_code
-from dialogue.replies import CONVERSATIONS
-from dialogue.report import write_card
+from dialogue.measure.replies import CONVERSATIONS
+from dialogue.measure.report import write_card
+from dialogue.models import STARTER, load_base
 
 TALK = [
     ["Hello, how are you?", "I'm fine, thank you.", "Good to hear.", "And you?"],

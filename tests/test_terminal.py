@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from dialogue import commands, terminal
-from dialogue.conversation import Stats
+from dialogue.chat import commands, terminal
+from dialogue.chat.conversation import Stats
 from dialogue.errors import UserError
 
 letters = st.text(alphabet="abc  \n\t你好👋🏽é,", max_size=12)

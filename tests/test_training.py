@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import TrainingArguments, set_seed
 
-from dialogue import fast, pace, rehearsal
-from dialogue.base_model import load_base
+from dialogue.data.packing import IGNORED, encode, fill_up, mean_span, pack
 from dialogue.errors import UserError
-from dialogue.lora import attach
-from dialogue.packing import IGNORED, encode, fill_up, mean_span, pack
+from dialogue.measure.likelihood import hold_out
+from dialogue.models import load_base
 from dialogue.prompt import add_roles
-from dialogue.scores import hold_out
-from dialogue.training import Pacing, train
+from dialogue.train import pace, plan, speedups
+from dialogue.train.lora import attach
+from dialogue.train.trainer import Pacing, train
 
 DIALOGUES = [[f"Hello, I am number {n}.", "How are you?", "Fine " * (n % 5 + 1)] for n in range(32)]
 LENGTH = 64
@@ -32,10 +32,10 @@ def prepare(folder, tokenizer):
     roles = add_roles(tokenizer)
     set_seed(3)
     base = load_base(str(folder), torch.float32, torch.device("cpu"), tokenizer)
-    fast.trim_base(base)
+    speedups.trim_base(base)
     targets = ["c_attn", "c_proj"]
     model = attach(base, LoraConfig(r=4, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"), roles)
-    fast.speed_up(model)
+    speedups.speed_up(model)
     pieces = encode(tokenizer, DIALOGUES, LENGTH).pieces
     return model, pack(pieces, tokenizer, LENGTH, "both")[:16], hold_out(pieces[:7], tokenizer, LENGTH)
 
@@ -99,7 +99,7 @@ def test_out_of_memory_while_training_changes_no_loss(random_gpt2, tokenizer, tm
 def test_out_of_memory_in_the_rehearsal_keeps_the_effective_batch(random_gpt2, tokenizer, tmp_path, expected):
     model, rows, held_out = prepare(random_gpt2, tokenizer)
     out_of_memory_beyond(model, 2)
-    _, arguments = rehearsal.rehearse_what_fits(model, tokenizer, rows, settings(tmp_path))
+    _, arguments = plan.rehearse_what_fits(model, tokenizer, rows, settings(tmp_path))
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (1, 4)
     arguments.per_device_eval_batch_size = 1
     found = losses(train(model, tokenizer, rows, held_out, arguments, {}))
@@ -110,7 +110,7 @@ def test_a_single_row_that_does_not_fit_is_said_in_a_line(random_gpt2, tokenizer
     model, rows, _ = prepare(random_gpt2, tokenizer)
     out_of_memory_beyond(model, 0)
     with pytest.raises(UserError, match=r"single row.*--max_length"):
-        rehearsal.rehearse_what_fits(model, tokenizer, rows, settings(tmp_path))
+        plan.rehearse_what_fits(model, tokenizer, rows, settings(tmp_path))
 
 
 @given(st.integers(1, 64), st.integers(1, 8))

@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dialogue import hub, packages
+from dialogue import hub, wheels
+from dialogue.data.readers import ONE_TURN, read_file
 from dialogue.errors import UserError
-from dialogue.readers import ONE_TURN, read_file
 
 Dialogues = list[list[str]]
 
@@ -229,7 +229,7 @@ def _chitchat() -> Corpus:
     before all the second episodes and so on, in the order of a hash: the first N training dialogues are N
     different conversations, from the start, which is where every chat with the bot is.
     """
-    conversations = json.loads(packages.fetch(packages.CHITCHAT).read_text(encoding="utf-8"))
+    conversations = json.loads(wheels.fetch(wheels.CHITCHAT).read_text(encoding="utf-8"))
     episodes: dict[str, list[tuple[int, list[str]]]] = {name: [] for name in SPLITS}
     short = disliked = wordy = 0
     for identifier in sorted(conversations, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):

@@ -24,11 +24,13 @@ from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from dialogue import merge, report, sharding, storage
+from dialogue import storage
+from dialogue.data.packing import Row
 from dialogue.errors import Signals, Stopped, UserError
-from dialogue.packing import Row
+from dialogue.measure import merge, report
+from dialogue.measure.likelihood import Score
 from dialogue.plaintext import plain
-from dialogue.scores import Score
+from dialogue.train import sharding
 
 STATE, BEST = "evaluations.json", "best_adapter.safetensors"  # ours, beside Trainer's files
 

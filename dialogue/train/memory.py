@@ -14,8 +14,8 @@ import psutil
 import torch
 from transformers import PretrainedConfig, TrainingArguments
 
-from dialogue.base_model import CONV1D_FAMILIES, without_weights
-from dialogue.loss import CHUNK
+from dialogue.models import CONV1D_FAMILIES, without_weights
+from dialogue.train.loss import CHUNK
 
 ADAM = 16  # a trained parameter: float32 value, gradient and two moments (Kingma & Ba 2015)
 HEADROOM = 0.9  # of the free memory: allocators lose some to gaps between blocks
@@ -65,7 +65,7 @@ def kept_by_a_block(config: PretrainedConfig, needs: Needs, dropout: bool) -> fl
     else:
         kept, lora_inputs, dropped = 9 * hidden + 3 * inner, 2 * hidden, 6 * hidden
     kept += dropout * dropped + needs.in_8bit * (hidden + dropout * lora_inputs)
-    # Probabilities of attention: kept on a CPU (dialogue/fast.py); fused kernels elsewhere compute them again.
+    # Attention's probabilities: kept on a CPU (dialogue/train/speedups.py); fused kernels elsewhere recompute them.
     return kept + (config.num_attention_heads * needs.span if needs.device == "cpu" else 0)
 
 

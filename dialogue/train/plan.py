@@ -9,13 +9,14 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue import base_model, memory, sharding
+from dialogue import models
+from dialogue.data.packing import IGNORED, Row, collate, count_tokens
 from dialogue.errors import UserError
-from dialogue.loss import chunked_head
-from dialogue.pace import halve
-from dialogue.packing import IGNORED, Row, collate, count_tokens
+from dialogue.measure.likelihood import HeldOut
 from dialogue.prompt import find_roles
-from dialogue.scores import HeldOut
+from dialogue.train import memory, sharding
+from dialogue.train.loss import chunked_head
+from dialogue.train.pace import halve
 
 
 class Rehearsal(NamedTuple):
@@ -38,7 +39,7 @@ def rehearse_what_fits(
                 raise UserError("out of memory: lower --per_device_train_batch_size or --max_length") from error
             arguments = halve(arguments)
         model.zero_grad(set_to_none=True)
-        base_model.free()
+        models.free()
 
 
 def rehearse(

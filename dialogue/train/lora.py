@@ -9,8 +9,8 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dialogue.base_model import CONV1D_FAMILIES, LORA_TARGETS
 from dialogue.errors import UserError
+from dialogue.models import CONV1D_FAMILIES, LORA_TARGETS
 from dialogue.prompt import Roles
 
 

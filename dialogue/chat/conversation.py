@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dialogue.chat.engine import Model
+from dialogue.chat.sampling import Explained, Sampling, explain
 from dialogue.errors import UserError
-from dialogue.generation import Model
 from dialogue.plaintext import plain, stable
 from dialogue.prompt import decode_text, encode_turn, without_roles
-from dialogue.sampling import Explained, Sampling, explain
 
 SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
 

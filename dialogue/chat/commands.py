@@ -14,7 +14,7 @@ from dialogue.errors import UserError
 from dialogue.plaintext import plain
 
 if TYPE_CHECKING:
-    from dialogue.terminal import Chat
+    from dialogue.chat.terminal import Chat
 
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
 WHOLE_NUMBERS = ("max_t", "top_k", "seed")  # the other settings are any numbers
@@ -99,7 +99,7 @@ def set_value(chat: "Chat", rest: str) -> None:
     if name == "seed":
         chat.conversation.set_seed(value)
     else:
-        from dialogue.conversation import check  # imports torch; the prompt does not wait for that
+        from dialogue.chat.conversation import check  # imports torch; the prompt does not wait for that
 
         check(**{**settings, name: value})
         chat.chosen[name] = value
@@ -130,7 +130,7 @@ def context(chat: "Chat", rest: str) -> None:
 @command("/why")
 def why(chat: "Chat", rest: str) -> None:
     """how each token of the last reply was drawn, and what the settings had removed"""
-    from dialogue.conversation import check
+    from dialogue.chat.conversation import check
     from dialogue.prompt import decode_text
 
     explained = chat.conversation.why(check(**chat.settings()))
@@ -158,7 +158,7 @@ def save(chat: "Chat", rest: str) -> None:
     """write the conversation as JSON chat messages"""
     path = Path(os.path.expanduser(rest))
     if os.path.exists(path):  # Path.exists raises for a name that is too long
-        from dialogue.conversation import check_messages
+        from dialogue.chat.conversation import check_messages
 
         check_messages(read_messages(path))  # nothing but an earlier conversation is overwritten
     text = json.dumps(chat.conversation.messages(), indent=2, ensure_ascii=False) + "\n"

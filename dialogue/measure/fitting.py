@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dialogue.corpus import Dialogues
-from dialogue.replies import CHAT, Reply, answer, find_contexts, measure
-from dialogue.sampling import Sampling
+from dialogue.chat.sampling import Sampling
+from dialogue.data.corpus import Dialogues
+from dialogue.measure.replies import CHAT, Reply, answer, find_contexts, measure
 
 # What is tried beside the defaults, one setting after the other, each with the best of those before it; a whole grid
 # would take five times as long.

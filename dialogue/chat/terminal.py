@@ -19,7 +19,7 @@ from prompt_toolkit.key_binding import KeyBindings
 from rich.cells import cell_len
 from rich.console import Console
 
-from dialogue import commands
+from dialogue.chat import commands
 from dialogue.errors import UserError
 from dialogue.plaintext import plain
 
@@ -30,7 +30,7 @@ except ImportError:  # Windows
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
-    from dialogue.conversation import Conversation, Stats
+    from dialogue.chat.conversation import Conversation, Stats
 
 
 def answer(

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 
-from dialogue import memory
 from dialogue.errors import UserError
+from dialogue.train import memory
 
 
 def asked(load_in_8bit: str = "auto") -> bool:

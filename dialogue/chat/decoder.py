@@ -2,7 +2,7 @@
 
 transformers' own forward spends more time between its operations than in them where one token is read at a
 time. Here a layer is four products with weights, an attention and what little stands between. How a product
-is computed is given from outside (`dialogue/kernels.py`), so that the same code serves every precision.
+is computed is given from outside (`dialogue/chat/kernels.py`), so that the same code serves every precision.
 What differs between the families stands in `FAMILIES`.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dialogue.kernels import KERNELS, Product
+from dialogue.chat.kernels import KERNELS, Product
 
 MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight (out, in), bias (out,) or None
 CHUNK = 256  # tokens that are read at once: the attention's mask grows with their square
@@ -152,7 +152,7 @@ def supported(config: PretrainedConfig) -> bool:
 
 
 class Decoder:
-    """An `Engine` (`dialogue/generation.py`) on a CPU: keys and values stay in a cache whose memory is taken once."""
+    """An `Engine` (`dialogue/chat/engine.py`) on a CPU: keys and values stay in a cache whose memory is taken once."""
 
     def __init__(self, model: PreTrainedModel, precision: str, context: int) -> None:
         self.precision, self.length = precision, 0
@@ -245,7 +245,7 @@ def _compiled(w: Weights, cache: Tensor) -> Callable[[int, int], Tensor]:
 
     Beside products as fast as these, what stands between torch's operations would take a third of the time.
     """
-    from dialogue import int8_kernel
+    from dialogue.chat import int8_kernel
 
     def norm(norm: Norm) -> int8_kernel.Norm:
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias

@@ -9,15 +9,17 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dialogue import kernels, report, storage
-from dialogue.base_model import context_length, free, load_base
-from dialogue.corpus import Dialogues
-from dialogue.decoder import Decoder, supported
+from dialogue import storage
+from dialogue.chat import kernels
+from dialogue.chat.decoder import Decoder, supported
+from dialogue.chat.sampling import Sampling
+from dialogue.data.corpus import Dialogues
+from dialogue.data.packing import IGNORED, Row, collate
 from dialogue.errors import UserError
-from dialogue.fitting import fit
-from dialogue.packing import IGNORED, Row, collate
+from dialogue.measure import report
+from dialogue.measure.fitting import fit
+from dialogue.models import context_length, free, load_base
 from dialogue.prompt import find_roles
-from dialogue.sampling import Sampling
 
 # A merge in 16 bits rounds each weight once (2^-11 in float16), which moves perplexity by some 0.01 %;
 # an int8 base differs from the 16-bit one by its own rounding as well, by up to about 1 %

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from dialogue.int8_kernel import Matrix
+    from dialogue.chat.int8_kernel import Matrix
 
 Product = Callable[[Tensor], Tensor]  # (n, in) -> (n, out)
 
@@ -39,13 +39,13 @@ def float16(weight: Tensor, bias: Tensor | None) -> Product:
 
 @dataclass(frozen=True)
 class Int8:
-    """A product in int8; `matrix` is what the loops of `dialogue/int8_kernel.py` take."""
+    """A product in int8; `matrix` is what the loops of `dialogue/chat/int8_kernel.py` take."""
 
     matrix: "Matrix"
     rows: int  # without the padding of the matrix
 
     def __call__(self, x: Tensor) -> Tensor:
-        from dialogue import int8_kernel
+        from dialogue.chat import int8_kernel
 
         n, threads = len(x), torch.get_num_threads()
         if n == 1:
@@ -57,7 +57,7 @@ class Int8:
 
 def int8(weight: Tensor, bias: Tensor | None) -> Product:
     """The weight in int8, one scale a row; the rest in float32."""
-    from dialogue.int8_kernel import Matrix  # numba, which no other precision needs
+    from dialogue.chat.int8_kernel import Matrix  # numba, which no other precision needs
 
     rounded, scale, column = _quantise(weight)
     shift = torch.zeros(len(weight)) if bias is None else bias.float()

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from dialogue.corpus import Dialogues, fold
+from dialogue.chat.sampling import Sampling, candidates, draw
+from dialogue.data.corpus import Dialogues, fold
 from dialogue.prompt import BOT, END, USER, decode_text, encode_dialogue, find_roles, without_roles
-from dialogue.sampling import Sampling, candidates, draw
 
 CHAT = Sampling(temp=0.8, top_k=40, top_p=0.9)  # the defaults of `generate_text`
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from dialogue.decoder import FAMILIES, Decoder, Norm, Product, Weights
-from dialogue.sampling import Sampling
+from dialogue.chat.decoder import FAMILIES, Decoder, Norm, Product, Weights
+from dialogue.chat.sampling import Sampling
 
 AHEAD = 4  # steps that are asked for before the first of them has to be there; END makes them useless, at little cost
 TIES = 64  # tokens beside the `top_k` first that may equal the last of these
@@ -124,7 +124,7 @@ class GraphDecoder(Decoder):
 
 
 def pick(logits: Tensor, sampling: Sampling, seen: Tensor, forbidden: Tensor, noise: Tensor) -> Tensor:
-    """`candidates` and `draw` (`dialogue/sampling.py`) in fixed shapes: (V,), masks (V,), in [0, 1) (1,) -> token (1,).
+    """`candidates` and `draw` (`dialogue/chat/sampling.py`), fixed shapes: (V,), masks (V,), noise (1,) -> token (1,).
 
     The token is where the sum of the probabilities, the most probable first, passes `noise`. It is `BROKEN` where the
     logits are not finite. Of tokens that equal the last of top-k, at most `TIES` stay.

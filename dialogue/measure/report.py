@@ -15,18 +15,18 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue.base_model import STARTER, STARTER_ON_HUB, licence
-from dialogue.corpus import DAILYDIALOG_LICENCE, Corpus, Dialogues
-from dialogue.fitting import Fitted
-from dialogue.memory import peak_memory
-from dialogue.packing import IGNORED, Row
+from dialogue.data.corpus import DAILYDIALOG_LICENCE, Corpus, Dialogues
+from dialogue.data.packing import IGNORED, Row
+from dialogue.measure.fitting import Fitted
+from dialogue.measure.likelihood import Score
+from dialogue.models import STARTER, STARTER_ON_HUB, licence
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
-from dialogue.scores import Score
 from dialogue.storage import RUN_FILE, read_json, write_json
+from dialogue.train.memory import peak_memory
 
 if TYPE_CHECKING:
-    from dialogue.training import Trained
+    from dialogue.train.trainer import Trained
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 

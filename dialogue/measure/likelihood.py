@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue.packing import IGNORED, Row, collate, fill_up, pack, to_row
+from dialogue.data.packing import IGNORED, Row, collate, fill_up, pack, to_row
 from dialogue.prompt import decode_text, find_roles
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dialogue.cleaning import clean, drop_controls
+from dialogue.data.cleaning import clean, drop_controls
 from dialogue.errors import UserError
 
 Dialogues = list[list[str]]

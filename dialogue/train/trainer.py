@@ -17,21 +17,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from dialogue import sharding
-from dialogue.base_model import context_length
-from dialogue.checkpoint import ResumableTrainer
-from dialogue.conversation import Conversation
+from dialogue.chat.conversation import Conversation
+from dialogue.chat.engine import Model, TransformersEngine
+from dialogue.chat.sampling import Sampling
+from dialogue.data.packing import Row, collate, count_tokens, fill_up
 from dialogue.errors import Stopped
-from dialogue.generation import Model, TransformersEngine
-from dialogue.lora import save_adapter
-from dialogue.loss import chunked_head
-from dialogue.pace import Budget, Paced
-from dialogue.packing import Row, collate, count_tokens, fill_up
+from dialogue.measure.likelihood import HeldOut, Score
+from dialogue.measure.report import duration
+from dialogue.models import context_length
 from dialogue.plaintext import plain
-from dialogue.rehearsal import count_evaluations, count_steps
-from dialogue.report import duration
-from dialogue.sampling import Sampling
-from dialogue.scores import HeldOut, Score
+from dialogue.train import sharding
+from dialogue.train.lora import save_adapter
+from dialogue.train.loss import chunked_head
+from dialogue.train.pace import Budget, Paced
+from dialogue.train.plan import count_evaluations, count_steps
+from dialogue.train.runs import ResumableTrainer
 
 OPENERS = ("Hello, how are you?", "What do you like to eat?")  # answered at every evaluation
 SAMPLE_TOKENS = 24

@@ -16,13 +16,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dialogue import kernels, storage
-from dialogue.base_model import context_length, pick_device, pick_dtype, where
-from dialogue.decoder import Decoder, supported
+from dialogue import storage
+from dialogue.chat import kernels
+from dialogue.chat.cuda_graph import GraphDecoder
+from dialogue.chat.decoder import Decoder, supported
+from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.errors import UserError, in_a_line
-from dialogue.graphs import GraphDecoder
+from dialogue.models import context_length, pick_device, pick_dtype, where
 from dialogue.prompt import find_roles, has_vocabulary, without_roles
-from dialogue.sampling import Sampling, candidates, draw
 
 # Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
 # the README, longer than loading them; a chat that starts at once is worth more here than a flipped bit is likely.

@@ -1,0 +1,1 @@
+"""A model that answers: sampling, decoding, the conversation, the terminal."""

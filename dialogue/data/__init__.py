@@ -1,0 +1,1 @@
+"""Dialogues from anywhere, clean, split, and as rows of token ids."""

@@ -1,0 +1,1 @@
+"""The recipe: options, memory, plan, LoRA, loss, the Trainer, its checkpoints."""
