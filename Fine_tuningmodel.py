@@ -19,16 +19,16 @@ from dialogue.errors import UserError, exit_code  # before the libraries: `dialo
 # isort: split
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from rich.console import Console
 from transformers import BitsAndBytesConfig, TrainingArguments
 
-from dialogue import hub, models, storage
+from dialogue import hub, machine, models, storage
 from dialogue.data import corpus, packing
 from dialogue.measure import merge, replies, report
 from dialogue.measure.likelihood import hold_out
 from dialogue.prompt import add_roles
-from dialogue.train import lora, memory, options, pace, plan, runs, sharding, speedups, trainer
+from dialogue.train import lora, memory, options, pace, plan, runs, speedups, trainer
 from dialogue.train.loss import chunked_head
 
 # ---- Editable values ---------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
              "early_stopping_patience")  # fmt: skip
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     chosen = {name: given.get(name, preset.get(name, globals()[name])) for name in names}
-    device = models.pick_device()
+    device = machine.pick_device()
     on_cpu = {"use_cpu": device.type == "cpu"}  # several processes then talk through gloo
     arguments = options.override(training_args, on_cpu | preset.get("training", {}) | training_flags)
     adapters, merged = Path(chosen["adapter_dir"]), Path(chosen["merged_dir"])
@@ -135,8 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     # What an earlier start of this run left, if there was one
     lora_changes = preset.get("lora", {})
     own = {name: getattr(flags, name) for name in ("load_in_8bit", "budget", "keep_dropout")}
-    split = sharding.asked(flags.load_in_8bit)
-    asked = {**chosen, **lora_changes, **own, "split": split or None}
+    asked = {**chosen, **lora_changes, **own}
     asked = runs.describe(asked, lora_config, arguments, rows, validation.rows)
     begun = runs.Begun()
     if not flags.plan:
@@ -144,33 +143,26 @@ def main(argv: list[str] | None = None) -> None:
         console.print(runs.in_words(begun, adapters), end="", highlight=False, markup=False, soft_wrap=True)
 
     # Base model, as precise and as quick as memory allows, with LoRA and the three token rows on top
-    dtype = pace.agreed(models.pick_dtype(device, begun.decided.get("dtype")))
+    dtype = pace.agreed(machine.pick_dtype(device, begun.decided.get("dtype")))
     parameters = models.count_parameters(config)
     needs = memory.Needs(
-        arguments.per_device_train_batch_size, length, packing.mean_span(rows), dtype, device=device.type,
-        shards=arguments.world_size if split else 1,
+        arguments.per_device_train_batch_size, length, packing.mean_span(rows), dtype, device=device.type
     )  # fmt: skip
     dropout = lora_changes.get("lora_dropout", lora_config.lora_dropout)
-    load_in_8bit = "no" if split else flags.load_in_8bit
-    fixed = memory.decided(load_in_8bit, training_flags, arguments, device, parameters)
-    available = memory.free(device, arguments.world_size)
+    fixed = memory.decided(flags.load_in_8bit, training_flags, arguments, device, parameters)
+    available = machine.free_memory(device, arguments.world_size)
     needs, expected = pace.agreed(memory.choose(config, lora_config.r, dropout, needs, available, fixed))
     needs = needs._replace(**begun.decided.get("needs", {}))
     accumulation = arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size // needs.rows
-    expected += memory.resident(device)
+    expected += machine.used_memory(device)
     if not flags.plan:
         storage.check_space({merged: int(2.1 * parameters)})
     quantised = quant_config if needs.in_8bit else None
     speedups.keep_freed_memory(not needs.in_8bit)
 
-    def load(place: torch.device) -> PeftModel:
-        base = models.load_base(chosen["base_model"], dtype, place, tokenizer, quantised)
-        speedups.trim_base(base, flags.keep_dropout, device)
-        return lora.attach(base, lora_config, roles, lora_changes)
-
-    model = load(torch.device("cpu") if split else device)
-    if split and not begun.trained:
-        sharding.split(model)
+    base = models.load_base(chosen["base_model"], dtype, device, tokenizer, quantised)
+    speedups.trim_base(base, flags.keep_dropout)
+    model = lora.attach(base, lora_config, roles, lora_changes)
     speedups.speed_up(model)
     arguments = options.override(
         arguments,
@@ -196,13 +188,12 @@ def main(argv: list[str] | None = None) -> None:
             # The clock ends the run: twice the steps that are likely to fit are never reached.
             arguments = options.override(arguments, {"max_steps": 2 * steps})
         precision = f"{'int8 base, ' if needs.in_8bit else ''}{str(dtype).removeprefix('torch.')}"
-        precision += f", split over {arguments.world_size} processes" * split
         report.show_example(console, tokenizer, rows[-1])
         report.show_plan(
             console,
             {
                 "base model": f"{chosen['base_model']} ({parameters / 1e6:.0f} M parameters)",
-                "device": report.hardware(device),
+                "device": machine.hardware(device),
                 "precision": precision,
                 "trainable": f"{model.num_parameters(only_trainable=True):,} parameters: LoRA r={lora_config.r} "
                 "and three token rows",
@@ -212,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
                 "batch": report.batch_in_words(arguments),
                 "memory": f"{expected / 1e9:.1f} GB at the peak by arithmetic, "
                 f"{rehearsed.peak_bytes / 1e9:.1f} GB rehearsed; {available / 1e9:.0f} GB were free",
-                "time": f"about {report.duration(seconds)} "
+                "time": f"about {machine.duration(seconds)} "
                 f"(rehearsed: {rehearsed.tokens / rehearsed.seconds:.0f} tokens/s)",
             },
         )
@@ -233,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
                 "checkpointing": needs.checkpointing,
             },
         }
-        run = {"command": command, "run": asked, "decided": decided, "versions": report.versions()}
+        run = {"command": command, "run": asked, "decided": decided, "versions": machine.versions()}
         began = time.perf_counter()
         with chunked_head(model):
             untuned = validation.score_in_shares(model, arguments)
@@ -242,9 +233,6 @@ def main(argv: list[str] | None = None) -> None:
         local = options.override(arguments, {"push_to_hub": False})
         patience = chosen["early_stopping_patience"]
         trained = trainer.train(model, tokenizer, rows, validation, local, run, begun.checkpoint, patience, pacing)
-
-        if split:
-            model = sharding.join(model, load, device)
 
         # Save the adapters, with the report
         if not arguments.process_index:

@@ -37,7 +37,7 @@ from dialogue.errors import exit_code
 from dialogue.train import runs
 
 # Measured anew in each run, the precision could change between the first start and the next.
-script.base_models.pick_dtype = lambda *_: torch.float32
+script.machine.pick_dtype = lambda *_: torch.float32
 STEPS = 12  # in epochs of 5: the run ends in the middle of one
 NOBODY = 65534  # a user id without rights, for when this runs as root
 

@@ -18,7 +18,7 @@ import transformers
 from peft import PeftModel
 
 import Fine_tuningmodel as script
-from dialogue import models
+from dialogue import machine, models
 from dialogue.data import corpus, packing
 from dialogue.measure import report
 from dialogue.measure.likelihood import hold_out
@@ -56,8 +56,8 @@ def main() -> None:
     talk = corpus.without_leaks(corpus.load_corpus(PRESET["dataset"]))
     tokenizer = models.load_tokenizer(PRESET["base_model"])
     roles = add_roles(tokenizer)
-    device = models.pick_device()
-    base = models.load_base(PRESET["base_model"], models.pick_dtype(device), device, tokenizer)
+    device = machine.pick_device()
+    base = models.load_base(PRESET["base_model"], machine.pick_dtype(device), device, tokenizer)
     speedups.keep_freed_memory()
     speedups.trim_base(base)
     length = PRESET["max_length"]
@@ -104,7 +104,7 @@ def main() -> None:
     Path(__file__).with_suffix(".md").write_text(
         f"""# The starter's settings, each changed alone
 
-`python -m benchmarks.settings` on {report.hardware(device)}, {base.dtype}: {flags.dialogues} dialogues of
+`python -m benchmarks.settings` on {machine.hardware(device)}, {base.dtype}: {flags.dialogues} dialogues of
 {talk.source}, likelihood on 100 validation dialogues, replies to {CONTEXTS} contexts of the test split (at most
 60 tokens, the chat's sampler). People's replies to these: {people["words"]:.1f} words, distinct-2
 {people["distinct_2"]:.2f}, {people["share_that_repeats"]:.0%} with a 3-gram that stands twice.

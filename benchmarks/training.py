@@ -26,12 +26,11 @@ import transformers
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, Trainer, TrainerCallback, TrainingArguments
 
-from dialogue import models
+from dialogue import machine, models
 from dialogue.data import corpus, packing
 from dialogue.measure.likelihood import hold_out
 from dialogue.prompt import add_roles
 from dialogue.train import lora, speedups
-from dialogue.train.memory import forget_peak, peak_memory
 from dialogue.train.trainer import train
 
 PEERS = {
@@ -130,7 +129,7 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
         "disable_tqdm": True, "logging_steps": 10**6, "dataloader_pin_memory": False,
     }  # fmt: skip
     result: dict[str, Any] = {"peer": peer, "parameters": base.num_parameters(), "rate": matrix_rate(options.threads)}
-    forget_peak(CPU)
+    machine.reset_peak(CPU)
     began = {"tokens": 0}
 
     def counted(batch: list[packing.Row], collate: Any) -> Any:
@@ -168,7 +167,7 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
         trainer.add_callback(clock)
         trainer.train()
         result |= figures(clock, began["tokens"] / (clock.steps + 1))
-    result["peak"] = peak_memory(CPU)
+    result["peak"] = machine.peak_memory(CPU)
     if options.epochs is not None:
         held_out = hold_out(packing.encode(tokenizer, talk.validation[:60], LENGTH).pieces, tokenizer, LENGTH)
         result["loss"] = held_out.score(model.eval(), 2).nats_per_token
@@ -238,7 +237,7 @@ def draw(options: argparse.Namespace) -> None:
     talk = corpus.load_corpus(options.data)
     pieces = packing.encode(tokenizer, talk.train[: options.dialogues], 256).pieces
     held_out = hold_out(packing.encode(tokenizer, talk.validation[:60], 256).pieces, tokenizer, 256)
-    dtype = models.pick_dtype(CPU)
+    dtype = machine.pick_dtype(CPU)
     axes = (figure := Figure(figsize=(7, 4), layout="constrained")).subplots()
     for name, packed, rate, batch in (
         ("one dialogue a row, batch of 8, 3e-4 (the original)", False, 3e-4, 8),

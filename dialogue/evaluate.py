@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from dialogue import models
+from dialogue import machine, models
 from dialogue.data import packing
 from dialogue.data.corpus import Dialogues, fold, load_corpus, without_leaks, without_overlap
 from dialogue.errors import UserError, exit_code
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             **generated(model, tokenizer, contexts, known, flags),
         }
         del model
-        models.free()
+        machine.release_memory()
     people = [Reply(context.human, True) for context in contexts]
     results["people"] = {"replies": bootstrap(len(people), measure(people, known), flags.seed)}
     show(
@@ -189,7 +189,7 @@ def compare(
             [reply.text for reply in answer(model, tokenizer, [[o] for o in OPENERS], max_t=max_t, seed=seed)]
         )
         del model
-        models.free()
+        machine.release_memory()
     if weights[0] == weights[1]:
         raise UserError("both columns would come from the same weights: nothing was trained, or --base is --model")
     table = Table("opener", *loaders, title=f"The same {len(OPENERS)} openers, seed {seed}", show_lines=True)
@@ -237,8 +237,8 @@ def _loaders(name: str, base: str | None, tokenizer: PreTrainedTokenizerBase) ->
         raise UserError(f"{name} is no dialogue model: {error}") from error
     if not base:
         raise UserError(f"{name} does not say which model it was trained from: give --base")
-    device = models.pick_device()
-    dtype = models.pick_dtype(device)
+    device = machine.pick_device()
+    dtype = machine.pick_dtype(device)
 
     def load_base() -> Any:
         return models.load_base(base, dtype, device, tokenizer).eval()

@@ -3,12 +3,8 @@
 What differs between model families stands in `LORA_TARGETS` and `CONV1D_FAMILIES`, and nowhere else.
 """
 
-import ctypes
-import gc
 import os
 import shutil
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dialogue import hub, storage, wheels
+from dialogue import hub, machine, storage, wheels
 from dialogue.errors import UserError, in_a_line
 from dialogue.prompt import BOT, END, USER, has_vocabulary
 
@@ -39,40 +35,6 @@ CONV1D_FAMILIES = {"gpt2"}
 
 STARTER = "SmolLM2-135M-Instruct"  # the one base model that comes from the Python package index
 STARTER_ON_HUB = f"HuggingFaceTB/{STARTER}"
-
-
-def pick_device() -> torch.device:
-    """CUDA where there is one, then Apple's MPS, then the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
-    """The dtype of that name, else the fastest dtype in which weights can be kept and trained against on `device`.
-
-    On a CPU it is measured, since bfloat16 is several times faster than float32 where the processor
-    multiplies it (AMX, AVX512-BF16) and several times slower where it is emulated; no library call
-    tells which. Takes some 50 ms.
-    """
-    if name:
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.float32
-    return torch.bfloat16 if _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32) else torch.float32
-
-
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Best of four (256, 768) x (768, 3072) products: the shape of a GPT-2 projection."""
-    activations, weight = torch.ones(256, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.nn.functional.linear(activations, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -201,7 +163,7 @@ def load_base(
         for parameter in model.parameters():
             if parameter.dtype == dtype:
                 parameter.data = parameter.data.clone()
-        free()
+        machine.release_memory()
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     if model.config.eos_token_id == tokenizer.eos_token_id:
@@ -214,15 +176,6 @@ def load_base(
                 row = embedding.weight[ids].float().mean(dim=0)
                 embedding.weight[tokenizer.convert_tokens_to_ids(token)] = row.to(embedding.weight.dtype)
     return model
-
-
-def free(*_: object) -> None:
-    """Hand memory back after the caller dropped its last reference to a model."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):  # musl has none
-        trim(0)
 
 
 def _unavailable(name: str, error: Exception) -> UserError:

@@ -41,7 +41,7 @@ def source(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _always_float32(monkeypatch):
     """The precision is measured, and another one would be another result."""
-    monkeypatch.setattr("dialogue.models.pick_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr("dialogue.machine.pick_dtype", lambda *_: torch.float32)
 
 
 def run(source, folder, *more):
@@ -59,7 +59,7 @@ def whole(source, tmp_path_factory):
     """A run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dialogue.models.pick_dtype", lambda *_: torch.float32)
+        patch.setattr("dialogue.machine.pick_dtype", lambda *_: torch.float32)
         assert run(source, folder) == 0
     return folder
 
@@ -69,7 +69,7 @@ def stopped(source, tmp_path_factory):
     """The folder of a run that SIGTERM ended after step 6."""
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dialogue.models.pick_dtype", lambda *_: torch.float32)
+        patch.setattr("dialogue.machine.pick_dtype", lambda *_: torch.float32)
         stop_after(patch, 6, signal.SIGTERM)
         assert run(source, folder) == 143
     return folder
@@ -131,7 +131,7 @@ def test_sample_replies_are_shown_and_change_nothing(source, whole, tmp_path, mo
     assert capsys.readouterr().err.count("you> Hi\n  bot> red\n") == 4
     monkeypatch.undo()
     with monkeypatch.context() as patch:
-        patch.setattr("dialogue.models.pick_dtype", lambda *_: torch.float32)
+        patch.setattr("dialogue.machine.pick_dtype", lambda *_: torch.float32)
         assert run(source, tmp_path, "--overwrite", "--max_steps", "3") == 0
     said = capsys.readouterr().err
     assert all(f"you> {opener}\n  bot> " in said for opener in trainer.OPENERS)

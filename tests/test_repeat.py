@@ -11,7 +11,7 @@ import pytest
 from conftest import byte_tokenizer, save_random_gpt2
 
 import Fine_tuningmodel as script
-from dialogue.measure.report import PACKAGES
+from dialogue.machine import PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = ["--base_model", "base", "--dataset", "talk.jsonl", "--max_steps", "6", "--max_length", "96",

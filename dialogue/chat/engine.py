@@ -16,13 +16,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dialogue import storage
+from dialogue import machine, storage
 from dialogue.chat import kernels
 from dialogue.chat.cuda_graph import GraphDecoder
 from dialogue.chat.decoder import Decoder, supported
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.errors import UserError, in_a_line
-from dialogue.models import context_length, pick_device, pick_dtype, where
+from dialogue.models import context_length, where
 from dialogue.prompt import find_roles, has_vocabulary, without_roles
 
 # Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
@@ -142,7 +142,7 @@ def load(name: str, precision: str = "auto") -> Model:
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = pick_device()
+    device = machine.pick_device()
     if problem := storage.damage(Path(name), HASHED_BELOW):
         raise UserError(
             f"{name} is broken: {problem}; write it again, or where you changed it, delete its {storage.MANIFEST}"
@@ -195,7 +195,7 @@ def _dtype(device: torch.device, precision: str) -> torch.dtype:
     """Of the weights in transformers' own code, which has no int8 that is worth its time."""
     if precision == "int8":
         raise UserError("--precision int8 is for GPT-2 and Llama models on a CPU: take auto")
-    return pick_dtype(device) if precision == "auto" else getattr(torch, precision)
+    return machine.pick_dtype(device) if precision == "auto" else getattr(torch, precision)
 
 
 def _load_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -65,7 +65,6 @@ class HeldOut(NamedTuple):
         batch_size, processes = arguments.eval_batch_size, arguments.world_size
         if processes == 1:
             return self.score(model, batch_size)
-        # As many batches for each of them: a model that is split needs all of them in each forward pass.
         rows = fill_up(self.rows, processes)
         share = self._replace(rows=rows[arguments.process_index :: processes]).score(model, batch_size)
         sums = torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=next(model.parameters()).device)

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dialogue import storage
+from dialogue import machine, storage
 from dialogue.chat import kernels
 from dialogue.chat.decoder import Decoder, supported
 from dialogue.chat.sampling import Sampling
@@ -18,7 +18,7 @@ from dialogue.data.packing import IGNORED, Row, collate
 from dialogue.errors import UserError
 from dialogue.measure import report
 from dialogue.measure.fitting import fit
-from dialogue.models import context_length, free, load_base
+from dialogue.models import context_length, load_base
 from dialogue.prompt import find_roles
 
 # A merge in 16 bits rounds each weight once (2^-11 in float16), which moves perplexity by some 0.01 %;
@@ -44,7 +44,7 @@ def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, fo
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     del model, merged
-    free()
+    machine.release_memory()
 
 
 def write_merged(

@@ -1,9 +1,7 @@
 """What a person is told: the plan before a run, the report beside the adapters after it."""
 
-import platform
 import shlex
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from dialogue import machine
 from dialogue.data.corpus import DAILYDIALOG_LICENCE, Corpus, Dialogues
 from dialogue.data.packing import IGNORED, Row
 from dialogue.measure.fitting import Fitted
@@ -23,30 +22,15 @@ from dialogue.models import STARTER, STARTER_ON_HUB, licence
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
 from dialogue.storage import RUN_FILE, read_json, write_json
-from dialogue.train.memory import peak_memory
 
 if TYPE_CHECKING:
     from dialogue.train.trainer import Trained
-
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
-
 
 # The TrainingArguments that a reader of the model card wants to see.
 TRAINING_SETTINGS = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
     "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "activation_checkpointing", "seed",
 )  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """95 -> '1 min 35 s'; 900 -> '15 min'; 5400 -> '1.5 h'; 200000 -> '2.3 days'."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 600:
-        return f"{int(seconds) // 60} min {int(seconds) % 60} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 86400 else f"{seconds / 86400:.1f} days"
 
 
 def steps_in_words(steps: int, rows: int, arguments: TrainingArguments) -> str:
@@ -84,18 +68,6 @@ def show_example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row)
     for token, label in zip(row["input_ids"][:end], row["labels"][:end], strict=True):
         text.append(plain(decode_text(tokenizer, [token])), style="dim" if label == IGNORED else "green")
     console.print(text)
-
-
-def versions() -> dict[str, str]:
-    """Python and the packages that decide a result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def hardware(device: torch.device) -> str:
-    """The machine in words: the GPU's name, or the processor and its threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def draw_curves(history: list[dict[str, float]], path: Path) -> None:
@@ -245,12 +217,12 @@ def facts(base: str, talk: Corpus, device: torch.device, precision: str, trained
         "data": talk.source,
         "licence of the data": talk.licence or "unknown: yours to find out",
         "licence of the base model": licence(base),
-        "hardware": hardware(device),
+        "hardware": machine.hardware(device),
         "precision": precision,
-        "training time": duration(trained.seconds),
+        "training time": machine.duration(trained.seconds),
         "step": f"{trained.best_step} of {trained.steps} trained, the best on the validation split",
-        "peak memory": f"{peak_memory(device) / 1e9:.1f} GB",
-        **versions(),
+        "peak memory": f"{machine.peak_memory(device) / 1e9:.1f} GB",
+        **machine.versions(),
     }
 
 
@@ -262,7 +234,7 @@ def metrics(trained: "Trained", untuned: Score, device: torch.device, seed: int)
         "train_seconds": trained.seconds,
         "steps": trained.steps,
         "best_step": trained.best_step,
-        "peak_memory_bytes": peak_memory(device),
+        "peak_memory_bytes": machine.peak_memory(device),
         **{f"eval_{name}": value for name, value in trained.score.figures().items()},
         **{f"base_eval_{name}": value for name, value in untuned.figures().items()},
         "seed": seed,

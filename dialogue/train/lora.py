@@ -6,7 +6,6 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dialogue.errors import UserError
@@ -66,12 +65,10 @@ def attach(
     return get_peft_model(model, fitted)
 
 
-def save_adapter(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str, weights: dict[str, Tensor] | None = None
-) -> None:
+def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     """Write the adapter and its tokenizer: LoRA and three rows, not a copy of the embedding matrix,
-    which PEFT would add by itself once the embedding has grown. `weights`: in place of the model's own."""
-    model.save_pretrained(folder, save_embedding_layers=False, state_dict=weights)
+    which PEFT would add by itself once the embedding has grown."""
+    model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
 
 

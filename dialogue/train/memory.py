@@ -5,12 +5,8 @@ Sizes are bytes unless they say otherwise. What a block keeps for its backward p
 Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models", section 4.
 """
 
-import sys
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from transformers import PretrainedConfig, TrainingArguments
 
@@ -31,7 +27,6 @@ class Needs(NamedTuple):
     in_8bit: bool = False
     checkpointing: bool = False  # of activations: only each block's input is kept
     device: str = "cpu"
-    shards: int = 1  # processes over which the base is split
 
 
 class Weights(NamedTuple):
@@ -78,8 +73,6 @@ def estimate(
     base = (weights.inside + weights.outside) * size
     if needs.in_8bit:
         base = weights.inside + weights.outside * size
-    if needs.shards > 1:  # a share, and gathered for their turn both ends, a block and the next one
-        base = base // needs.shards + size * (weights.outside + 2 * weights.inside // config.num_hidden_layers)
     tokens = needs.rows * needs.length
     hidden = config.hidden_size
     block = kept_by_a_block(config, needs, bool(dropout))
@@ -107,39 +100,6 @@ def count_trained(config: PretrainedConfig, rank: int) -> int:
     # GPT-2: c_attn (h, 3h), attn.c_proj (h, h), mlp.c_proj (4h, h); else q, k, v, o
     widths = 11 * hidden if config.model_type in CONV1D_FAMILIES else 8 * hidden
     return layers * rank * widths + 3 * hidden
-
-
-def free(device: torch.device, processes: int = 1) -> int:
-    """Bytes that this process may still take on `device`; `processes` share the computer's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // processes
-
-
-def forget_peak(device: torch.device) -> None:
-    """Let the peak be counted from here on; loading a model has one of its own. On a CPU, Linux alone can do that."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # source: proc(5)
-
-
-def resident(device: torch.device) -> int:
-    """Bytes that this process has in the computer's memory, or allocated on a CUDA device."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
-
-
-def peak_memory(device: torch.device) -> int:
-    """Peak bytes so far: allocated on a CUDA device, else the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, kibibytes elsewhere (getrusage(2))
 
 
 def decided(

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
-from dialogue import models
+from dialogue import machine
 from dialogue.errors import UserError
 from dialogue.train.options import override
 
@@ -110,7 +110,7 @@ class Paced:
             # A backward pass that broke off has left gradients in some parameters.
             for p, gradient in zip(trained, before, strict=True):
                 p.grad = None if gradient is None else gradient.clone()
-            models.free()
+            machine.release_memory()
 
     def _in_parts(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         parts = [

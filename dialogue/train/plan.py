@@ -9,12 +9,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue import models
+from dialogue import machine
 from dialogue.data.packing import IGNORED, Row, collate, count_tokens
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import HeldOut
 from dialogue.prompt import find_roles
-from dialogue.train import memory, sharding
 from dialogue.train.loss import chunked_head
 from dialogue.train.pace import halve
 
@@ -34,12 +33,10 @@ def rehearse_what_fits(
     while True:
         try:
             return rehearse(model, tokenizer, rows, arguments), arguments
-        except torch.OutOfMemoryError as error:
-            if sharding.asked():  # the others wait for this process in the middle of their pass
-                raise UserError("out of memory: lower --per_device_train_batch_size or --max_length") from error
+        except torch.OutOfMemoryError:
             arguments = halve(arguments)
         model.zero_grad(set_to_none=True)
-        models.free()
+        machine.release_memory()
 
 
 def rehearse(
@@ -69,7 +66,7 @@ def rehearse(
     beginning = {name: values[:, :64].to(device) for name, values in collate([longest[-1]], 0).items()}
     check_loss(model, beginning)
     model.train()
-    memory.forget_peak(device)
+    machine.reset_peak(device)
     seconds = []
     with chunked_head(model):
         for _ in range(2):  # the first pays for memory and kernels that later ones find ready
@@ -81,7 +78,7 @@ def rehearse(
     check_gradients(model)
     model.zero_grad(set_to_none=True)
     torch.set_rng_state(random_state)
-    return Rehearsal(min(seconds), count_tokens(longest), memory.peak_memory(device))
+    return Rehearsal(min(seconds), count_tokens(longest), machine.peak_memory(device))
 
 
 @torch.no_grad()
@@ -102,7 +99,7 @@ def check_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
 def check_gradients(model: PeftModel) -> None:
     """Raises UserError unless a finite, non-zero gradient reaches LoRA and each of the three token rows."""
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    trained = {name: None if p.grad is None else sharding.whole(p.grad) for name, p in parameters}
+    trained = {name: p.grad for name, p in parameters}
     broken = [name for name, gradient in trained.items() if gradient is not None and not gradient.isfinite().all()]
     if broken:
         raise UserError(f"the gradient of {broken[0]} is not finite: the base model's weights are broken, or its dtype")

@@ -24,13 +24,12 @@ from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from dialogue import storage
+from dialogue import machine, storage
 from dialogue.data.packing import Row
 from dialogue.errors import Signals, Stopped, UserError
-from dialogue.measure import merge, report
+from dialogue.measure import merge
 from dialogue.measure.likelihood import Score
 from dialogue.plaintext import plain
-from dialogue.train import sharding
 
 STATE, BEST = "evaluations.json", "best_adapter.safetensors"  # ours, beside Trainer's files
 
@@ -194,7 +193,7 @@ def in_words(begun: Begun, adapters: Path) -> str:
     if begun.trained:
         return f"{plain(str(adapters))} is whole: only the merge is to be done (--no-resume trains again).\n"
     if begun.checkpoint:
-        changed = differences(begun.versions, report.versions())
+        changed = differences(begun.versions, machine.versions())
         note = f" Not bit for bit what it would have been: {'; '.join(changed)}." if changed else ""
         return f"Resuming from {plain(str(begun.checkpoint))} (--no-resume starts afresh).{note}\n"
     return ""
@@ -210,6 +209,11 @@ def check_space(model: Any, arguments: TrainingArguments, adapters: Path, merged
 
 
 # ---- The Trainer -------------------------------------------------------------------------------------
+
+
+def trained_weights(model: Any) -> dict[str, Tensor]:
+    """Copies on the CPU of all parameters that are trained, under their names in `model`."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 class ResumableTrainer(Trainer):
@@ -242,7 +246,7 @@ class ResumableTrainer(Trainer):
         self.scores[step] = score
         if score.nats_per_token < (best.nats_per_token if best else float("inf")):
             self.best_step = step
-            self.best = sharding.trained(self.model)
+            self.best = trained_weights(self.model)
         self.control.should_training_stop |= self.is_over()
 
     def is_over(self) -> bool:
@@ -255,7 +259,7 @@ class ResumableTrainer(Trainer):
         model: Any = self.model
         for name, parameter in model.named_parameters():
             if name in self.best:
-                sharding.put(parameter, self.best[name])
+                parameter.data.copy_(self.best[name])
 
     def _write_state(self, folder: Path) -> None:
         scores = {str(step): list(score) for step, score in self.scores.items()}

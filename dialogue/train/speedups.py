@@ -41,12 +41,11 @@ def keep_freed_memory(keep: bool = True) -> None:
             mallopt(-3, 2**30 if keep else 2**22)
 
 
-def trim_base(base: PreTrainedModel, keep_dropout: bool = False, device: torch.device | None = None) -> None:
+def trim_base(base: PreTrainedModel, keep_dropout: bool = False) -> None:
     """Change a frozen base model in place, before LoRA is attached: one kernel for GPT-2's GELU, which else keeps
     five tensors for its backward pass; on a CPU, attention within each dialogue alone; and no dropout of its own.
 
-    Dropout regularises weights that are trained; these are frozen, and LoRA has its own dropout. `device` is where it
-    will compute, if not where it is.
+    Dropout regularises weights that are trained; these are frozen, and LoRA has its own dropout.
     """
     for module in list(base.modules()):
         for name, child in module.named_children():
@@ -57,7 +56,7 @@ def trim_base(base: PreTrainedModel, keep_dropout: bool = False, device: torch.d
                 module.p = 0.0
             if isinstance(getattr(module, "attention_dropout", None), float):
                 setattr(module, "attention_dropout", 0.0)  # noqa: B010 (for the type checker, a module's)
-    if (device or base.device).type == "cpu" and base.config._attn_implementation == "sdpa":
+    if base.device.type == "cpu" and base.config._attn_implementation == "sdpa":
         base.set_attn_implementation(ATTENTION)
 
 

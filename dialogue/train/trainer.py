@@ -17,16 +17,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from dialogue import machine
 from dialogue.chat.conversation import Conversation
 from dialogue.chat.engine import Model, TransformersEngine
 from dialogue.chat.sampling import Sampling
 from dialogue.data.packing import Row, collate, count_tokens, fill_up
 from dialogue.errors import Stopped
 from dialogue.measure.likelihood import HeldOut, Score
-from dialogue.measure.report import duration
 from dialogue.models import context_length
 from dialogue.plaintext import plain
-from dialogue.train import sharding
 from dialogue.train.lora import save_adapter
 from dialogue.train.loss import chunked_head
 from dialogue.train.pace import Budget, Paced
@@ -63,10 +62,9 @@ class DialogueTrainer(Paced, ResumableTrainer):
         self.own_head: Any = nullcontext  # until the head has stepped aside, logits are logits
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapters. Of a model that is split Trainer would gather the frozen weights too."""
-        weights = sharding.trained(self.peft_model)
+        """Saves the adapters only."""
         if self.args.should_save:
-            save_adapter(self.peft_model, self.tokenizer, str(output_dir or self.args.output_dir), weights)
+            save_adapter(self.peft_model, self.tokenizer, str(output_dir or self.args.output_dir))
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict:
         """Nats a reply token over the whole validation set. Trainer's own average weighs each batch alike,
@@ -75,8 +73,7 @@ class DialogueTrainer(Paced, ResumableTrainer):
         began = time.perf_counter()
         try:
             score = self.held_out.score_in_shares(self.peft_model, self.args)
-            alone = self.is_world_process_zero() and not self.is_fsdp_enabled  # no process can speak without the others
-            samples = self.sample_replies() if alone else []
+            samples = self.sample_replies() if self.is_world_process_zero() else []
         finally:
             self.signals.at_once = False
         metrics = {f"eval_{name}": value for name, value in score.figures().items()}
@@ -148,7 +145,7 @@ class Progressed(TrainerCallback):
         if self.budget:
             total = max(state.global_step, round(state.global_step / max(self.budget.spent(), 1e-3)))
         self.left = (total - state.global_step) * self.busy / self.steps + self.evaluations * self.evaluation_seconds
-        left = duration(self.left)
+        left = machine.duration(self.left)
         self.bar.update(self.task, completed=state.global_step, total=total, rate=self.rate, left=left)
 
     def on_evaluate(self, args, state, control, **keywords: Any) -> None:
