@@ -3,11 +3,15 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 from huggingface_hub.utils import get_session
 
 from dialogue.errors import UserError, in_a_line
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 @cache
@@ -33,15 +37,15 @@ def check_login(token: str | None) -> None:
         raise UserError(f"--push_to_hub: {in_a_line(error)}; log in with `hf auth login`, or leave it out") from error
 
 
-def push(adapters: Path, merged: Path, name: str | None, private: bool | None, token: str | None) -> list[str]:
+def push(adapters: Path, merged: Path, arguments: "TrainingArguments") -> list[str]:
     """Upload whole folders; returns the addresses of the repositories, which are made where there are none.
 
-    The merged model goes to `name` (its folder's name, where None), the adapters beside it with "-lora" at the
+    The merged model goes to `hub_model_id` (else its folder's name), the adapters beside it with "-lora" at the
     end. Adapters of a base model in a folder stay: nobody else could load them. Raises UserError where the
     hub refuses; both folders are kept.
     """
-    api = huggingface_hub.HfApi(token=token)
-    name = name or merged.resolve().name
+    api = huggingface_hub.HfApi(token=arguments.hub_token)
+    name = arguments.hub_model_id or merged.resolve().name
     folders = {name: merged}
     config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
     if not Path(config["base_model_name_or_path"]).is_dir():
@@ -49,7 +53,7 @@ def push(adapters: Path, merged: Path, name: str | None, private: bool | None, t
     addresses = []
     for repository, folder in folders.items():
         try:
-            made = api.create_repo(repository, private=private, exist_ok=True)
+            made = api.create_repo(repository, private=arguments.hub_private_repo, exist_ok=True)
             api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Fine-tuned with LoRA")
         except Exception as error:
             raise UserError(

@@ -9,6 +9,7 @@ import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -113,3 +114,18 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def gather(value: Any) -> list[Any]:
+    """Each process's `value`, the first one's first, the same list in all of them. What was measured differs between
+    processes, and they must take the same steps."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the computer had too little memory."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))

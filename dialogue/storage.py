@@ -28,22 +28,36 @@ def whole_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     beside = unfinished(target)
     try:
-        recover(target)
+        with said_in_a_line(target):
+            recover(target)
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            yield beside
+            put_in_place(beside, target)
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        yield beside
-        seal(beside)
-        if target.exists():
-            target.rename(_old(target))
-        beside.rename(target)
-        _sync(target.parent)
+        recover(target)
+
+
+def put_in_place(written: Path, target: Path) -> None:
+    """Seal the folder `written` and let it take the place of `target`, on the same disk."""
+    seal(written)
+    if target.exists():
+        target.rename(_old(target))
+    written.rename(target)
+    _sync(target.parent)
+    recover(target)
+
+
+@contextmanager
+def said_in_a_line(target: Path) -> Iterator[None]:
+    """Inside, a disk that is full or does not let us write is a UserError that names `target`."""
+    try:
+        yield
     except Exception as error:
         if (reason := _write_error(error, target.parent)) is None:
             raise
         raise UserError(f"{target} could not be written: {reason}; what was there before is as it was") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        recover(target)
 
 
 def unfinished(target: Path) -> Path:

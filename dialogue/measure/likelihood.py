@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue.data.packing import IGNORED, Row, collate, fill_up, pack, to_row
+from dialogue.measure.loss import head_of, summed_nats
 from dialogue.prompt import decode_text, find_roles
 
 
@@ -46,17 +47,14 @@ class HeldOut(NamedTuple):
 
     @torch.no_grad()
     def score(self, model: nn.Module, batch_size: int) -> Score:
-        """The likelihood of the replies under `model`, whose `.loss` is the mean over a batch's labels."""
-        was_training = model.training
+        """The likelihood of the replies under `model`."""
+        was_training, head = model.training, head_of(model)
         model.eval()
-        device = next(model.parameters()).device
         nats, tokens = 0.0, 0
         for start in range(0, len(self.rows), batch_size):
             batch = collate(self.rows[start : start + batch_size], self.pad)
-            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-            loss = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False).loss
-            nats += loss.item() * labelled if labelled else 0.0
-            tokens += labelled
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+            nats += summed_nats(model, {name: of.to(head.weight.device) for name, of in batch.items()}, head).item()
         model.train(was_training)
         return Score(nats, tokens, self.words, self.characters)
 

@@ -1,13 +1,19 @@
-"""The merged model: one ordinary model, with a certificate that it answers as the adapter did."""
+"""The merged model: one ordinary model, with a certificate that it answers as the adapter did.
+
+One large model is in memory at a time. What the trained model makes of the certificate's dialogues is kept as hidden
+states (some tens of megabytes) with its head; then it can go, and the merged one is judged against that.
+"""
 
 import math
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from torch.nn import functional
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dialogue import machine, storage
 from dialogue.chat import kernels
@@ -17,7 +23,8 @@ from dialogue.data.corpus import Dialogues
 from dialogue.data.packing import IGNORED, Row, collate
 from dialogue.errors import UserError
 from dialogue.measure import report
-from dialogue.measure.fitting import fit
+from dialogue.measure.fitting import Fitted, fit
+from dialogue.measure.loss import CHUNK, head_of, hidden_states
 from dialogue.models import context_length, load_base
 from dialogue.prompt import find_roles
 
@@ -26,16 +33,19 @@ from dialogue.prompt import find_roles
 # (Dettmers et al. 2022, "LLM.int8()", table 1). Beyond these something is wrong.
 MAX_PERPLEXITY_CHANGE = {"int8": 0.02, "16-bit": 0.005}
 MAX_KL = {"int8": 0.05, "16-bit": 0.005}  # nats a token
+AT_ONCE = 4  # dialogues in a forward pass
+CHAT_ROWS = 30  # dialogues that the chat's engine is tried on
 
 
-def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Merge `adapter` into a freshly loaded float16 base, and write a complete model to `folder`.
+def write(base_model: str, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Merge `adapters` into a freshly loaded float16 base, and write a complete model to `folder`.
 
     Never into the int8 weights that were trained against: they would be rounded a second time, and stay
     int8. On the CPU, so that a GPU that could just hold the training can still finish it.
     """
     model = load_base(base_model, torch.float16, torch.device("cpu"), tokenizer)
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    storage.check_space({folder: merged_bytes(model.num_parameters())})
+    merged = PeftModel.from_pretrained(model, str(adapters)).merge_and_unload()
     roles = find_roles(tokenizer)
     merged.config.eos_token_id, merged.config.pad_token_id = roles.end, tokenizer.pad_token_id
     merged.config.bos_token_id = None  # a conversation opens with <USER>, and nothing comes before it
@@ -47,56 +57,147 @@ def merge(base_model: str, adapter: Path, tokenizer: PreTrainedTokenizerBase, fo
     machine.release_memory()
 
 
-def write_merged(
-    trained: PeftModel, dtype: torch.dtype, adapters: Path, merged: Path, tokenizer: PreTrainedTokenizerBase,
-    rows: list[Row], validation: Dialogues,
-) -> dict[str, Any]:  # fmt: skip
-    """Write the folder `merged`, compare it with `trained` on `rows`, and return the certificate.
+def merged_bytes(parameters: int) -> int:
+    """Disk for a merged model: two bytes a parameter, and its tokenizer."""
+    return int(2.05 * parameters) + 20_000_000
 
-    `dtype` is what is computed in. The sampler's settings are fitted on `validation`. What else is said of the run
-    stands beside the adapters. Raises UserError, and leaves nothing, where they differ or the disk is full.
+
+# ---- The certificate ---------------------------------------------------------------------------------
+
+
+class Witness(NamedTuple):
+    """What a model makes of the certificate's dialogues, on the CPU."""
+
+    hidden: Tensor  # (N, H): the last hidden states that predict the N reply tokens
+    head: Tensor  # (V, H): the head's weight, trained rows in their places
+    targets: Tensor  # (N,): the reply tokens
+    rows: Tensor  # (N,): the dialogue that each of them is in
+
+
+@torch.no_grad()
+def testify(model: Any, rows: list[Row], pad: int) -> Witness:
+    """Run `model` over rows of one dialogue each. LoRA is applied as it is saved, in float32."""
+    model.eval()
+    head, hidden, targets, places = head_of(model), [], [], []
+    for start in range(0, len(rows), AT_ONCE):
+        batch = collate(rows[start : start + AT_ONCE], pad)
+        labels = batch["labels"][:, 1:]
+        at = labels != IGNORED
+        states = hidden_states(model, {name: of.to(head.weight.device) for name, of in batch.items()})
+        hidden.append(states[:, :-1][at.to(states.device)].cpu())
+        targets.append(labels[at])
+        places.append(start + at.nonzero()[:, 0])
+    weight = head.weight.detach().cpu().clone()
+    weight[head.ids.cpu()] = head.rows.detach().cpu().to(weight.dtype)
+    return Witness(torch.cat(hidden), weight, torch.cat(targets), torch.cat(places))
+
+
+def _log_probabilities(witness: Witness, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+    """(positions, log-probabilities (n, V)), float32: the logits of GPT-2 lie near -112, where bfloat16 has steps of
+    one half."""
+    weight = witness.head.to(device, torch.float32)
+    for start in range(0, len(witness.targets), CHUNK):
+        part = slice(start, start + CHUNK)
+        yield part, (witness.hidden[part].to(device, torch.float32) @ weight.T).log_softmax(-1)
+
+
+@torch.no_grad()
+def certify(trained: Witness, merged: Witness, quantised: bool, device: torch.device) -> tuple[dict[str, Any], Tensor]:
+    """Compare two models on the same reply tokens: (certificate, nats (N,) of the merged one).
+
+    Perplexity of both, mean KL(trained || merged) in nats a token, and the share of positions at which both would
+    choose the same token. Raises UserError above the thresholds.
     """
-    run, metrics = (storage.read_json(adapters / name) for name in (storage.RUN_FILE, "metrics.json"))
-    storage.check_space({merged: merged_bytes(trained)})
-    with storage.whole_folder(merged) as folder:
-        merge(run["facts"]["base model"], adapters, tokenizer, folder)
-        reloaded = load_merged(folder, dtype, trained.device)
-        certificate = certify(trained, reloaded, rows, tokenizer.pad_token_id, run["decided"]["load_in_8bit"])
-        certificate |= certify_chat(reloaded, rows[:30])
-        fitted = fit(reloaded, tokenizer, validation, run["settings"]["seed"])
-        write_sampler(folder, fitted.sampling, fitted.max_t)
-        storage.write_json(folder / "certificate.json", certificate)
-        storage.write_json(folder / storage.RUN_FILE, run)
-        report.write_card(folder, run, metrics, fitted)
-    return certificate
+    kl, agree, tokens = 0.0, 0, len(trained.targets)
+    nats = torch.empty(2, tokens)
+    for (part, first), (_, second) in zip(
+        _log_probabilities(trained, device), _log_probabilities(merged, device), strict=True
+    ):
+        targets = trained.targets[part, None].to(device)
+        nats[0, part], nats[1, part] = (-logs.gather(1, targets)[:, 0].cpu() for logs in (first, second))
+        kl += (first.exp() * (first - second)).sum().item()
+        agree += int((first.argmax(-1) == second.argmax(-1)).sum())
+    adapter, whole = nats.double().sum(1).tolist()
+    change = math.expm1((whole - adapter) / tokens)
+    kind = "int8" if quantised else "16-bit"
+    # On few tokens the perplexities of two nearly equal models differ by chance: the log-ratio of their
+    # probabilities has a mean of KL and, to the same order, a variance of 2 KL. Three standard errors are allowed.
+    allowed = MAX_PERPLEXITY_CHANGE[kind] + 3 * math.sqrt(2 * max(kl, 0.0)) / tokens
+    certificate = {
+        "dialogues": int(trained.rows[-1]) + 1,
+        "reply_tokens": tokens,
+        "adapter_perplexity": math.exp(min(adapter / tokens, 700)),
+        "merged_perplexity": math.exp(min(whole / tokens, 700)),
+        "perplexity_change": change,
+        "kl_nats_per_token": kl / tokens,
+        "greedy_agreement": agree / tokens,
+        "trained_against": kind,
+        "largest_perplexity_change_allowed": allowed,
+        "largest_kl_allowed": MAX_KL[kind],
+    }
+    if not (abs(change) <= allowed and kl / tokens <= MAX_KL[kind]):
+        raise UserError(
+            "the merged model is not the one that was trained, and was not kept: perplexity "
+            f"{certificate['adapter_perplexity']:.3f} -> {certificate['merged_perplexity']:.3f} "
+            f"(allowed {allowed:.1%}), KL {kl / tokens:.4f} (allowed {MAX_KL[kind]}); the adapters are kept, and "
+            "`main.py --model` takes their folder as it is; train again with --load_in_8bit no, or --no-resume"
+        )
+    return certificate, nats[1]
 
 
 @torch.inference_mode()
-def certify_chat(merged: PreTrainedModel, rows: list[Row]) -> dict[str, Any]:
-    """What the precision that `main.py` takes by itself on this machine's CPU does to the perplexity of reply tokens.
+def certify_chat(merged: PreTrainedModel, rows: list[Row], nats: float, tokens: int) -> dict[str, Any]:
+    """Perplexity change caused by the chat's default precision on this machine's CPU.
 
-    Empty where transformers' own code makes the replies. It also compiles what the first chat would wait for.
+    `nats` is what the merged model has on the `tokens` reply tokens of `rows`. Empty where transformers' own code
+    makes the replies. It also compiles what the first chat would wait for.
     """
     if merged.device.type != "cpu" or not supported(merged.config):
         return {}
-    decoder = Decoder(merged, kernels.fastest(), context_length(merged.config))
-    nats, tokens = {"chat": 0.0, "merged": 0.0}, 0
+    decoder, chat = Decoder(merged, kernels.fastest(), context_length(merged.config)), 0.0
     for row in rows:
-        ids, targets = row["input_ids"][:-1], torch.tensor(row["labels"][1:])
+        targets = torch.tensor(row["labels"][1:])
         at = targets != IGNORED
         decoder.reset()
-        logits = {"chat": decoder.read(ids, len(ids)), "merged": merged(torch.tensor([ids]), use_cache=False).logits[0]}
-        for name, of in logits.items():
-            nats[name] += functional.cross_entropy(of[at].float(), targets[at], reduction="sum").item()
-        tokens += int(at.sum())
+        logits = decoder.read(row["input_ids"][:-1], len(targets))[at].float()
+        chat += torch.nn.functional.cross_entropy(logits, targets[at], reduction="sum").item()
     decoder.step([rows[0]["input_ids"][0]])
-    change = math.expm1((nats["chat"] - nats["merged"]) / tokens)
-    return {"chat_precision": decoder.precision, "chat_perplexity_change": change}
+    return {"chat_precision": decoder.precision, "chat_perplexity_change": math.expm1((chat - nats) / tokens)}
 
 
-def merged_bytes(model: PreTrainedModel | PeftModel) -> int:
-    """Disk for `model` merged: two bytes a parameter, and its tokenizer."""
-    return int(2.05 * model.num_parameters()) + 20_000_000
+def judge(
+    trained: Witness, folder: Path, rows: list[Row], validation: Dialogues, pad: int, dtype: torch.dtype,
+    device: torch.device, quantised: bool, seed: int,
+) -> tuple[dict[str, Any], Fitted]:  # fmt: skip
+    """Load the merged model from `folder`: its certificate, and the sampler's settings fitted on `validation`.
+
+    On the CPU where `device` has too little memory. Raises UserError where it is not the model that was trained.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        model = load_merged(folder, dtype, device)
+        found = testify(model, rows, pad)
+        certificate, nats = certify(trained, found, quantised, device)
+        few = found.rows < CHAT_ROWS
+        certificate |= certify_chat(model, rows[:CHAT_ROWS], nats[few].double().sum().item(), int(few.sum()))
+        return certificate, fit(model, AutoTokenizer.from_pretrained(folder), validation, seed)
+    except Exception as error:
+        if device.type == "cpu" or not machine.is_out_of_memory(error):
+            raise
+    print("the GPU has too little memory for the merged model: it is certified on the CPU", file=sys.stderr)
+    machine.release_memory()
+    cpu = torch.device("cpu")
+    return judge(trained, folder, rows, validation, pad, machine.pick_dtype(cpu), cpu, quantised, seed)
+
+
+def finish(folder: Path, adapters: Path, certificate: dict[str, Any], fitted: Fitted) -> None:
+    """Certificate, sampler, run.json and model card of the merged model in `folder`."""
+    run, metrics = (storage.read_json(adapters / name) for name in (storage.RUN_FILE, "metrics.json"))
+    write_sampler(folder, fitted.sampling, fitted.max_t)
+    storage.write_json(folder / "certificate.json", certificate)
+    storage.write_json(folder / storage.RUN_FILE, run)
+    report.write_card(folder, run, metrics, fitted)
 
 
 def write_sampler(folder: Path, sampling: Sampling, max_t: int) -> None:
@@ -120,55 +221,7 @@ def read_sampler(folder: Path) -> Sampling:
 
 def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The merged model as anyone would load it."""
+    from transformers import AutoModelForCausalLM
+
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options).eval()
-
-
-@torch.no_grad()
-def certify(trained: PeftModel, merged: PreTrainedModel, rows: list[Row], pad: int, quantised: bool) -> dict[str, Any]:
-    """Compare the model that was trained with the merged one on rows of one dialogue each.
-
-    Perplexity of both on reply tokens, mean KL(trained || merged) in nats a token, and the share of
-    positions at which both would choose the same token. Raises UserError above the thresholds.
-    """
-    trained.eval()
-    nats = {"adapter": 0.0, "merged": 0.0}
-    kl, agree, tokens = 0.0, 0, 0
-    for row in rows:
-        batch = collate([row], pad)
-        targets = batch["labels"][0, 1:].to(merged.device)
-        at = targets != IGNORED
-        logs = []
-        for name, model in (("adapter", trained), ("merged", merged)):
-            ids, positions = batch["input_ids"].to(model.device), batch["position_ids"].to(model.device)
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1][at]
-            logs.append(logits.float().log_softmax(-1))
-            nats[name] -= logs[-1].gather(1, targets[at][:, None]).sum().item()
-        kl += (logs[0].exp() * (logs[0] - logs[1])).sum().item()
-        agree += int((logs[0].argmax(-1) == logs[1].argmax(-1)).sum())
-        tokens += int(at.sum())
-    change = math.expm1((nats["merged"] - nats["adapter"]) / tokens)
-    kind = "int8" if quantised else "16-bit"
-    # On few tokens the perplexities of two nearly equal models differ by chance: the log-ratio of their
-    # probabilities has a mean of KL and, to the same order, a variance of 2 KL. Three standard errors are allowed.
-    allowed = MAX_PERPLEXITY_CHANGE[kind] + 3 * math.sqrt(2 * max(kl, 0.0)) / tokens
-    certificate = {
-        "dialogues": len(rows),
-        "reply_tokens": tokens,
-        "adapter_perplexity": math.exp(min(nats["adapter"] / tokens, 700)),
-        "merged_perplexity": math.exp(min(nats["merged"] / tokens, 700)),
-        "perplexity_change": change,
-        "kl_nats_per_token": kl / tokens,
-        "greedy_agreement": agree / tokens,
-        "trained_against": kind,
-        "largest_perplexity_change_allowed": allowed,
-        "largest_kl_allowed": MAX_KL[kind],
-    }
-    if not (abs(change) <= allowed and kl / tokens <= MAX_KL[kind]):
-        raise UserError(
-            "the merged model is not the one that was trained, and was not kept: perplexity "
-            f"{certificate['adapter_perplexity']:.3f} -> {certificate['merged_perplexity']:.3f} "
-            f"(allowed {allowed:.1%}), KL {kl / tokens:.4f} (allowed {MAX_KL[kind]}); "
-            "the adapters are kept"
-        )
-    return certificate

@@ -1,73 +1,15 @@
-"""What a person is told: the plan before a run, the report beside the adapters after it."""
+"""The report beside the adapters and the merged model: curves, figures, a model card."""
 
-import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from huggingface_hub import ModelCardData
-from peft import LoraConfig
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue import machine
-from dialogue.data.corpus import DAILYDIALOG_LICENCE, Corpus, Dialogues
-from dialogue.data.packing import IGNORED, Row
+from dialogue.data.corpus import DAILYDIALOG_LICENCE, Dialogues
 from dialogue.measure.fitting import Fitted
-from dialogue.measure.likelihood import Score
-from dialogue.models import STARTER, STARTER_ON_HUB, licence
-from dialogue.plaintext import plain
-from dialogue.prompt import decode_text
-from dialogue.storage import RUN_FILE, read_json, write_json
-
-if TYPE_CHECKING:
-    from dialogue.train.trainer import Trained
-
-# The TrainingArguments that a reader of the model card wants to see.
-TRAINING_SETTINGS = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "activation_checkpointing", "seed",
-)  # fmt: skip
-
-
-def steps_in_words(steps: int, rows: int, arguments: TrainingArguments) -> str:
-    """ "120 in 3 epochs"; with a number of steps or a time budget, the epochs that come of it."""
-    a_step = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    epochs = arguments.num_train_epochs if arguments.max_steps < 1 else round(steps * a_step / rows, 2)
-    return f"{steps:,} in {epochs:g} epochs"
-
-
-def batch_in_words(arguments: TrainingArguments) -> str:
-    """ "8 rows a step: 2 at once, 2 times, in 2 processes; activation checkpointing off"."""
-    rows, times = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    processes = f", in {arguments.world_size} processes" if arguments.world_size > 1 else ""
-    checkpointing = "on" if arguments.activation_checkpointing else "off"
-    return (
-        f"{rows * times * arguments.world_size} rows a step: {rows} at once, {times} times{processes}; "
-        f"activation checkpointing {checkpointing}"
-    )
-
-
-def show_plan(console: Console, plan: dict[str, str]) -> None:
-    """Print the plan as a two-column table."""
-    table = Table(title="Plan", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in plan.items():
-        table.add_row(name, Text(plain(value)))
-    console.print(table)
-
-
-def show_example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
-    """Print the first dialogue of `row`: what is learned in green, what is only read dim."""
-    text = Text("One dialogue as the model reads it (green: learned): ", style="bold")
-    end = next((i for i in range(1, len(row["position_ids"])) if row["position_ids"][i] == 0), len(row["input_ids"]))
-    for token, label in zip(row["input_ids"][:end], row["labels"][:end], strict=True):
-        text.append(plain(decode_text(tokenizer, [token])), style="dim" if label == IGNORED else "green")
-    console.print(text)
+from dialogue.models import STARTER, STARTER_ON_HUB
+from dialogue.storage import RUN_FILE, write_json
 
 
 def draw_curves(history: list[dict[str, float]], path: Path) -> None:
@@ -200,62 +142,3 @@ def write_report(folder: Path, run: dict[str, Any], metrics: dict[str, Any], his
     write_json(folder / RUN_FILE, run)
     draw_curves(history, folder / "curves.png")
     write_card(folder, run, metrics)
-
-
-def settings(chosen: dict[str, Any], lora: LoraConfig, arguments: TrainingArguments) -> dict[str, Any]:
-    """What a reader of the model card wants to know of the configuration."""
-    return {
-        **chosen, "r": lora.r, "lora_alpha": lora.lora_alpha,
-        **{name: getattr(arguments, name) for name in TRAINING_SETTINGS},
-    }  # fmt: skip
-
-
-def facts(base: str, talk: Corpus, device: torch.device, precision: str, trained: "Trained") -> dict[str, str]:
-    """What came of a run, in words."""
-    return {
-        "base model": base,
-        "data": talk.source,
-        "licence of the data": talk.licence or "unknown: yours to find out",
-        "licence of the base model": licence(base),
-        "hardware": machine.hardware(device),
-        "precision": precision,
-        "training time": machine.duration(trained.seconds),
-        "step": f"{trained.best_step} of {trained.steps} trained, the best on the validation split",
-        "peak memory": f"{machine.peak_memory(device) / 1e9:.1f} GB",
-        **machine.versions(),
-    }
-
-
-def metrics(trained: "Trained", untuned: Score, device: torch.device, seed: int) -> dict[str, Any]:
-    """What came of a run, in numbers."""
-    return {
-        "train_tokens_per_second": trained.tokens_per_second,
-        "train_tokens": trained.tokens,
-        "train_seconds": trained.seconds,
-        "steps": trained.steps,
-        "best_step": trained.best_step,
-        "peak_memory_bytes": machine.peak_memory(device),
-        **{f"eval_{name}": value for name, value in trained.score.figures().items()},
-        **{f"base_eval_{name}": value for name, value in untuned.figures().items()},
-        "seed": seed,
-    }
-
-
-def show_line(console: Console, text: str) -> None:
-    """A line of plain text, not broken: it may be there to be copied."""
-    console.print(plain(text), highlight=False, markup=False, soft_wrap=True)
-
-
-def show_result(console: Console, adapters: Path, merged: Path, certificate: dict[str, Any]) -> None:
-    """What the run achieved, what it wrote, and what to do next."""
-    metrics, chat = read_json(adapters / "metrics.json"), "chat_precision" in certificate
-    console.print(
-        f"Perplexity on validation replies: {metrics['base_eval_perplexity']:.1f} untuned, "
-        f"[bold]{metrics['eval_perplexity']:.1f}[/] tuned (per token); "
-        f"merged model: {certificate['perplexity_change']:+.2%} perplexity, "
-        f"{certificate['greedy_agreement']:.1%} of greedy choices the same"
-        + (f"; chat in {certificate['chat_precision']}: {certificate['chat_perplexity_change']:+.2%}." if chat else ".")
-    )
-    console.print(Text(plain(f"Adapters and report: {adapters}/   Merged model: {merged}/")))
-    extra = "" if str(merged) == "gpt2-dialogue-full" else f" --model {shlex.quote(str(merged))}"
-    console.print(Text.assemble("Chat with it: ", (plain(f"python main.py{extra}"), "bold")), soft_wrap=True)

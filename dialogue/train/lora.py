@@ -1,16 +1,18 @@
-"""LoRA: where it attaches, what its folder holds, and how it is merged."""
+"""LoRA: where it attaches, what is trained, and what its folder holds."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from dialogue import models
 from dialogue.errors import UserError
-from dialogue.models import CONV1D_FAMILIES, LORA_TARGETS
-from dialogue.prompt import Roles
+from dialogue.prompt import Roles, find_roles
 
 
 def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> LoraConfig:
@@ -27,14 +29,14 @@ def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> Lora
     wanted: Any = config.target_modules
     if isinstance(wanted, (list, set)) and not set(wanted) <= leaves:
         family = model.config.model_type
-        wanted = LORA_TARGETS.get(family) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family)
+        wanted = models.LORA_TARGETS.get(family) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family)
         if wanted is None or not set(wanted) <= leaves:
             raise UserError(
                 f"the base model has no modules named {', '.join(sorted(config.target_modules or []))}: put some of "
                 f"{', '.join(sorted(_projections(modules)))} into target_modules of lora_config"
             )
     fitted.target_modules = wanted
-    fitted.fan_in_fan_out = model.config.model_type in CONV1D_FAMILIES
+    fitted.fan_in_fan_out = model.config.model_type in models.CONV1D_FAMILIES
     ends = [model.get_input_embeddings()]
     if not model.config.tie_word_embeddings:
         ends.append(model.get_output_embeddings())
@@ -52,26 +54,36 @@ def _projections(modules: dict) -> set[str]:
     }
 
 
-def attach(
-    model: PreTrainedModel, config: LoraConfig, roles: Roles, changes: dict[str, Any] | None = None
-) -> PeftModel:
-    """`model` with trainable LoRA weights and role-token rows (float32); everything else is frozen.
-
-    `changes` are fields that take the place of `config`'s, which itself stays as it is.
-    """
-    fitted = fit_config(config, model, roles)
-    for name, value in (changes or {}).items():
-        setattr(fitted, name, value)
-    return get_peft_model(model, fitted)
+def attach(model: PreTrainedModel, config: LoraConfig, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
+    """`model` with trainable LoRA weights and role-token rows (float32); everything else is frozen."""
+    try:
+        return get_peft_model(model, fit_config(config, model, find_roles(tokenizer)))
+    except (ValueError, TypeError, ImportError) as error:  # PEFT refuses what cannot go together
+        raise UserError(f"lora_config: {' '.join(str(error).split())[:200]}") from error
 
 
-def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+def count_trained(config: PretrainedConfig, lora: LoraConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Parameters that will be trained on a model that `config` describes; without memory for the model. The random
+    state stays as it is."""
+    model = models.without_weights(config)
+    with torch.random.fork_rng(devices=[]):
+        if len(tokenizer) > config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        return attach(model, lora, tokenizer).num_parameters(only_trainable=True)
+
+
+def trained_weights(model: Any) -> dict[str, Tensor]:
+    """Copies on the CPU of all parameters that are trained, under their names in `model`."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the adapter and its tokenizer: LoRA and three rows, not a copy of the embedding matrix,
     which PEFT would add by itself once the embedding has grown."""
-    model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
 
 
-def load_adapter(model: PeftModel, folder: Path) -> None:
+def load(model: PeftModel, folder: Path) -> None:
     """Put the adapter in `folder` in the place of `model`'s own."""
     model.load_adapter(str(folder), model.active_adapter, is_trainable=False)

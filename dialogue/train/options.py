@@ -1,15 +1,19 @@
-"""Flags of `Fine_tuningmodel.py`: the project's own, and every field of TrainingArguments."""
+"""What was asked for: flags of `Fine_tuningmodel.py`, its presets and its editable values, in one `Run`."""
 
 import argparse
 import dataclasses
 import difflib
+import re
 import shlex
 import sys
+from pathlib import Path
 from typing import Any, cast
 
-from transformers import HfArgumentParser, TrainingArguments
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from dialogue import machine
 from dialogue.errors import Parser, UserError
 
 EPILOGUE = """
@@ -25,6 +29,110 @@ RANGES = (
     ("per_device_train_batch_size", 1, 1e9), ("per_device_eval_batch_size", 1, 1e9),
     ("gradient_accumulation_steps", 1, 1e9),
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that was asked for: a flag, else the preset's value, else the script's."""
+
+    base_model: str
+    dataset: str
+    max_train_dialogues: int | None
+    max_length: int  # tokens a row
+    learn: str  # "bot" or "both"
+    adapter_dir: str
+    merged_dir: str
+    early_stopping_patience: int
+    load_in_8bit: str  # "auto", "yes" or "no"
+    keep_dropout: bool
+    budget: str | None  # as it was written, "20m"
+    lora: LoraConfig
+    quant: BitsAndBytesConfig
+    arguments: TrainingArguments  # with the batch that was asked for, however it will be divided
+    checkpointing: bool | None  # None: as memory asks
+    plan_only: bool
+    resume: bool | None
+    overwrite: bool
+    yes: bool
+    cheaper: tuple[str, ...]  # other presets
+    command: str  # repeats this run
+
+    @property
+    def adapters(self) -> Path:
+        """The folder of the adapters."""
+        return Path(self.adapter_dir)
+
+    @property
+    def merged(self) -> Path:
+        """The folder of the merged model."""
+        return Path(self.merged_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return Path(str(self.arguments.output_dir))
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """Seconds that the training may take; None: as long as its steps take."""
+        return parse_duration(self.budget) if self.budget else None
+
+
+def resolve(
+    argv: list[str] | None, presets: dict[str, dict[str, Any]], lora: LoraConfig, quant: BitsAndBytesConfig,
+    arguments: TrainingArguments, **values: Any,
+) -> Run:  # fmt: skip
+    """Flags over presets over the script's `values`. Raises UserError for what does not exist or cannot be obeyed."""
+    flags, fields = parse(argv, presets)
+    preset = presets[flags.preset]
+    chosen = {name: preset.get(name, value) for name, value in values.items()}
+    chosen |= {name: getattr(flags, name) for name in values if getattr(flags, name) is not None}
+    on_cpu = {"use_cpu": machine.pick_device().type == "cpu"}  # several processes then talk through gloo
+    arguments = override(arguments, on_cpu | preset.get("training", {}) | fields)
+    lora = dataclasses.replace(lora, **preset.get("lora", {}))
+    kept: Any = arguments.activation_checkpointing
+    decided = kept or {"activation_checkpointing", "gradient_checkpointing"} & set(fields)
+    run = Run(
+        **chosen, load_in_8bit=flags.load_in_8bit, keep_dropout=flags.keep_dropout, budget=flags.budget, lora=lora,
+        quant=quant, arguments=arguments, checkpointing=bool(kept) if decided else None, plan_only=flags.plan,
+        resume=flags.resume, overwrite=flags.overwrite, yes=flags.yes,
+        cheaper=tuple(name for name in presets if name != flags.preset), command=repeat_command(argv),
+    )  # fmt: skip
+    if run.budget:
+        parse_duration(run.budget)
+    check_obeyable(run)
+    return run
+
+
+def check_obeyable(run: Run) -> None:
+    """Raises UserError for a setting that the recipe would pass over in silence."""
+    arguments, lora, quant = run.arguments, run.lora, run.quant
+    refused = {
+        "label_smoothing_factor": (arguments.label_smoothing_factor, "the loss is plain cross-entropy: leave it out"),
+        "fp16 or bf16": (arguments.fp16 or arguments.bf16, "the precision is chosen for this machine: leave them out"),
+        "torch_compile": (arguments.torch_compile, "the forward passes are replaced by faster ones: leave it out"),
+        "auto_find_batch_size": (arguments.auto_find_batch_size, "the rehearsal finds it: leave it out"),
+        "fsdp or deepspeed": (arguments.fsdp or arguments.deepspeed, "the base is not split: use torchrun"),
+        "load_in_4bit in quant_config": (quant.load_in_4bit, "bases are held in 8 or 16 bits: take load_in_8bit"),
+        "modules_to_save in lora_config": (lora.modules_to_save, "only LoRA and three token rows are trained"),
+        "bias in lora_config": (lora.bias != "none", "biases are frozen: take lora_bias=True, or bias='none'"),
+        f"init_lora_weights={lora.init_lora_weights!r}": (
+            lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"),
+            "it changes the base model, into which the adapters could not be merged",
+        ),
+    }
+    for name, (asked, why) in refused.items():
+        if asked:
+            raise UserError(f"{name} cannot be obeyed: {why}")
+
+
+def parse_duration(text: str) -> float:
+    """ "90s", "20m", "1h30m" -> seconds. Raises UserError for anything else."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip().lower())
+    hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    if not hours + minutes + seconds:
+        raise UserError(f"--budget {text}: write a time as 90s, 20m or 1h30m")
+    return 3600.0 * hours + 60 * minutes + seconds
 
 
 def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[argparse.Namespace, dict[str, Any]]:

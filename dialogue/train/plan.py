@@ -1,9 +1,11 @@
-"""The rehearsal before a run, and what it says about the run's memory and time."""
+"""The plan of a run: a rehearsal of one real batch, and what it says about steps, time and memory."""
 
 import math
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -13,82 +15,133 @@ from dialogue import machine
 from dialogue.data.packing import IGNORED, Row, collate, count_tokens
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import HeldOut
+from dialogue.measure.loss import head_of, hidden_states, mean_nats
 from dialogue.prompt import find_roles
-from dialogue.train.loss import chunked_head
-from dialogue.train.pace import halve
+from dialogue.train.memory import Fit
+from dialogue.train.options import Run, override
+from dialogue.train.rows import Rows, one_dialogue_a_row
+
+ALIKE = 0.02  # relative error of hidden states in 16 bits; of packed dialogues that see each other it is 0.3 and more
 
 
 class Rehearsal(NamedTuple):
     """What one real micro-batch, forward and backward, measured."""
 
-    seconds: float  # one micro-batch
+    seconds: float
     tokens: int  # in that micro-batch, padding left out
     peak_bytes: int  # CUDA: allocated; elsewhere: resident set of the process
 
 
-def rehearse_what_fits(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], arguments: TrainingArguments
-) -> tuple[Rehearsal, TrainingArguments]:
-    """Rehearse; where the device's memory is too small, with half the micro-batch and twice the accumulation."""
-    while True:
-        try:
-            return rehearse(model, tokenizer, rows, arguments), arguments
-        except torch.OutOfMemoryError:
-            arguments = halve(arguments)
-        model.zero_grad(set_to_none=True)
-        machine.release_memory()
+class Plan(NamedTuple):
+    """How the run will go."""
+
+    rows: Rows  # packed, or where the base would let dialogues see each other, one dialogue a row
+    fit: Fit  # what memory really took
+    arguments: TrainingArguments  # of `fit`, and with the steps that a budget allows
+    rehearsal: Rehearsal
+    steps: int
+    seconds: float  # of the whole run
+    packed: bool
+
+    def confirm(self, run: Run) -> None:
+        """A run of more than a day asks first. Raises UserError where the answer is no, or nobody is there."""
+        days = self.seconds / 86400
+        if days < 1 or run.yes:
+            return
+        advice = f"cheaper: {' or '.join(f'--preset {name}' for name in run.cheaper)}, or --max_train_dialogues N"
+        if not sys.stdin or not sys.stdin.isatty():
+            raise UserError(f"this run would take {days:.1f} days; add --yes to start it all the same; {advice}")
+        if input(f"This run would take {days:.1f} days ({advice}). Start it? [y/N] ").strip().lower() != "y":
+            raise UserError("not started")
 
 
-def rehearse(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], arguments: TrainingArguments
-) -> Rehearsal:
-    """Run real micro-batches forward and backward, without a step, and check that something is learned.
+def rehearse(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, run: Run, fit: Fit) -> Plan:
+    """Run a real micro-batch forward and backward, without a step, and plan with what it measured.
 
-    Raises UserError where no label is left, where the <END> of a learned reply carries none, or where
-    no gradient reaches the LoRA weights or one of the three token rows. Gradients and random states are
-    as before.
+    Where memory is too small, with fewer rows at once and more accumulation. Raises UserError where something would
+    not be learned (see the checks below), or where not even a single row fits. Random states are as before.
     """
+    check_labels(rows.train, tokenizer)
+    with _states_kept(model):
+        check_loss(model, rows.train)
+        packed = keeps_dialogues_apart(model, rows.train)
+        if not packed:
+            held_out = rows.held_out._replace(rows=one_dialogue_a_row(rows.held_out.rows))
+            rows = rows._replace(train=one_dialogue_a_row(rows.train), held_out=held_out)
+        while True:
+            try:
+                measured = measure(model, rows.train, tokenizer.pad_token_id, fit, run.arguments)
+                break
+            except Exception as error:
+                if not machine.is_out_of_memory(error):
+                    raise
+            if fit.rows == 1:
+                raise UserError("not enough memory for a single row: lower --max_length, or take a smaller base model")
+            model.zero_grad(set_to_none=True)
+            machine.release_memory()
+            fit = fit._replace(rows=next(part for part in range(fit.rows // 2, 0, -1) if fit.rows % part == 0))
+        check_gradients(model)
+    # All processes take as many rows at once, and plan with the first one's clock.
+    fit, measured = fit._replace(rows=min(machine.gather(fit.rows))), machine.gather(measured)[0]
+    if run.budget_seconds:  # a tenth of it is for evaluations
+        share = 0.1 * run.budget_seconds / evaluation_seconds(measured, rows.held_out, run.arguments)
+        rows = rows.with_less_held_out(share, tokenizer)
+    return foresee(measured, rows, run, fit, packed)
+
+
+@contextmanager
+def _states_kept(model: PeftModel) -> Iterator[None]:
+    """Inside, the model is in training mode; at the end it has no gradients, and the random states are as before."""
+    on_cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=on_cuda):
+        model.train()
+        try:
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+
+
+def measure(model: PeftModel, rows: list[Row], pad: int, fit: Fit, arguments: TrainingArguments) -> Rehearsal:
+    """Time and memory of the longest micro-batch; the gradients stay in the model."""
+    device = model.device
+    if fit.checkpointing:
+        model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
+    longest = sorted(rows, key=lambda row: len(row["labels"]), reverse=True)[: fit.rows]
+    batch = {name: values.to(device) for name, values in collate(longest, pad).items()}
+    head = head_of(model)
+    machine.reset_peak(device)
+    seconds = []
+    for _ in range(2):  # the first pays for memory and kernels that later ones find ready
+        start = time.perf_counter()
+        mean_nats(model, batch, head).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return Rehearsal(min(seconds), count_tokens(longest), machine.peak_memory(device))
+
+
+# ---- Would it learn? ---------------------------------------------------------------------------------
+
+
+def check_labels(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises UserError where a row has no label, or where the <END> of a learned reply carries none."""
     end = find_roles(tokenizer).end
     for row in rows:
         if all(label == IGNORED for label in row["labels"]):
             raise UserError("a training row has no label: every dialogue needs a reply for the bot to learn")
-        learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
-        if end not in learned:
+        if end not in row["labels"]:
             raise UserError("a reply's <END> carries no label: the bot would never learn to stop")
-
-    device = model.device
-    longest = sorted(rows, key=lambda row: len(row["labels"]), reverse=True)[: arguments.per_device_train_batch_size]
-    batch = {name: values.to(device) for name, values in collate(longest, tokenizer.pad_token_id).items()}
-    random_state = torch.get_rng_state()
-    if arguments.activation_checkpointing:
-        model.activation_checkpointing_enable(arguments.activation_checkpointing_kwargs)
-    # A few tokens are enough to compare losses, and the plain one's logits would be the peak of memory.
-    beginning = {name: values[:, :64].to(device) for name, values in collate([longest[-1]], 0).items()}
-    check_loss(model, beginning)
-    model.train()
-    machine.reset_peak(device)
-    seconds = []
-    with chunked_head(model):
-        for _ in range(2):  # the first pays for memory and kernels that later ones find ready
-            start = time.perf_counter()
-            model(**batch).loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - start)
-    check_gradients(model)
-    model.zero_grad(set_to_none=True)
-    torch.set_rng_state(random_state)
-    return Rehearsal(min(seconds), count_tokens(longest), machine.peak_memory(device))
 
 
 @torch.no_grad()
-def check_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
+def check_loss(model: PeftModel, rows: list[Row]) -> None:
     """Raises UserError where the model's head does more than multiply (a bias, a scale, a cap on the logits):
-    the loss in chunks would then be another loss."""
+    the loss in chunks would then be another loss. A few tokens tell; more would be the peak of memory."""
+    shortest = min(rows, key=lambda row: len(row["labels"]))
+    batch = {name: values[:, :64].to(model.device) for name, values in collate([shortest], 0).items()}
     model.eval()
     plain = model(**batch, use_cache=False).loss.item()
-    with chunked_head(model):
-        chunked = model(**batch, use_cache=False).loss.item()
+    chunked = mean_nats(model, batch, head_of(model)).item()
     model.train()
     if not math.isfinite(plain):
         raise UserError("the base model's loss is not finite: its weights are broken; download it again")
@@ -96,10 +149,29 @@ def check_loss(model: PeftModel, batch: dict[str, torch.Tensor]) -> None:
         raise UserError(f"this base model's head is not a plain matrix (loss {plain:.4f}, in chunks {chunked:.4f})")
 
 
+@torch.no_grad()
+def keeps_dialogues_apart(model: PeftModel, rows: list[Row]) -> bool:
+    """Whether a dialogue in a packed row has the hidden states that it has alone.
+
+    The code of some families (OPT, XGLM) does not pass positions to its mask: dialogues would see each other.
+    """
+    packed = next((row for row in rows if row["position_ids"].count(0) > 1), None)
+    if packed is None:
+        return True
+    model.eval()
+    last = one_dialogue_a_row([packed])[-1]
+    together, alone = (
+        hidden_states(model, {name: of.to(model.device) for name, of in collate([row], 0).items()})[0].float()
+        for row in (packed, last)
+    )
+    model.train()
+    together = together[-len(alone) :]
+    return bool((together - alone).norm() < ALIKE * alone.norm())
+
+
 def check_gradients(model: PeftModel) -> None:
     """Raises UserError unless a finite, non-zero gradient reaches LoRA and each of the three token rows."""
-    parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    trained = {name: p.grad for name, p in parameters}
+    trained: dict[str, Any] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     broken = [name for name, gradient in trained.items() if gradient is not None and not gradient.isfinite().all()]
     if broken:
         raise UserError(f"the gradient of {broken[0]} is not finite: the base model's weights are broken, or its dtype")
@@ -110,22 +182,45 @@ def check_gradients(model: PeftModel) -> None:
             raise UserError("no gradient reaches one of <USER>, <BOT> and <END>: check the dataset")
 
 
+# ---- How long will it take? --------------------------------------------------------------------------
+
+
+def foresee(rehearsal: Rehearsal, rows: Rows, run: Run, fit: Fit, packed: bool = True) -> Plan:
+    """The plan that follows from a rehearsal; with a budget, the steps for which there is time."""
+    arguments = fitted(run.arguments, fit)
+    mean_row = count_tokens(rows.train) / len(rows.train)
+    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    per_step = rehearsal.seconds * batch * mean_row / rehearsal.tokens
+    if budget := run.budget_seconds:
+        reserve = evaluation_seconds(rehearsal, rows.held_out, arguments)
+        arguments = override(arguments, {"max_steps": max(1, int((budget - reserve) / per_step))})
+    steps = count_steps(len(rows.train), arguments)
+    evaluations = count_evaluations(steps, len(rows.train), arguments)
+    seconds = budget or steps * per_step
+    seconds = estimate_seconds(rehearsal, seconds, 0 if budget else evaluations, rows.held_out, arguments)
+    return Plan(rows, fit, arguments, rehearsal, steps, seconds, packed)
+
+
+def fitted(arguments: TrainingArguments, fit: Fit) -> TrainingArguments:
+    """`arguments` with the effective batch divided as `fit` says."""
+    times = arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size // fit.rows
+    return override(
+        arguments,
+        # gradients underflow in float16 unless they are scaled, which is what Trainer's fp16 does
+        {
+            "fp16": fit.dtype == torch.float16, "dataloader_pin_memory": arguments.device.type == "cuda",
+            "activation_checkpointing": fit.checkpointing, "per_device_train_batch_size": fit.rows,
+            "gradient_accumulation_steps": times,
+        },
+    )  # fmt: skip
+
+
 def count_steps(rows: int, arguments: TrainingArguments) -> int:
     """Optimiser steps of the whole run."""
     if arguments.max_steps > 0:
         return arguments.max_steps
     micro_batches = math.ceil(rows / (arguments.per_device_train_batch_size * arguments.world_size))
     return math.ceil(math.ceil(micro_batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
-
-
-def foresee(
-    rehearsal: Rehearsal, rows: list[Row], held_out: HeldOut, arguments: TrainingArguments
-) -> tuple[int, float, float]:
-    """Optimiser steps of the run, seconds of one of them, and of the run with its evaluations and certificate."""
-    steps = count_steps(len(rows), arguments)
-    per_step = seconds_per_step(rehearsal, count_tokens(rows) / len(rows), arguments)
-    evaluations = count_evaluations(steps, len(rows), arguments)
-    return steps, per_step, estimate_seconds(rehearsal, steps * per_step, evaluations, held_out, arguments)
 
 
 def count_evaluations(steps: int, rows: int, arguments: TrainingArguments) -> int:
@@ -139,41 +234,22 @@ def count_evaluations(steps: int, rows: int, arguments: TrainingArguments) -> in
     return 1
 
 
+def evaluation_seconds(rehearsal: Rehearsal, held_out: HeldOut, arguments: TrainingArguments) -> float:
+    """Seconds of a forward pass over the held-out rows.
+
+    It is half of a step's work: 2 FLOP a weight and token forward, 2 more backward, since frozen weights get no
+    gradient (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1).
+    """
+    return count_tokens(held_out.rows) / arguments.world_size * rehearsal.seconds / rehearsal.tokens / 2
+
+
 def estimate_seconds(
     rehearsal: Rehearsal, training_seconds: float, evaluations: int, held_out: HeldOut, arguments: TrainingArguments
 ) -> float:
-    """Seconds of training (`training_seconds` for its steps), its evaluations, the merge's certificate and the sampler.
-
-    A forward pass is half of a step's work: 2 FLOP a weight and token forward, 2 more backward, since frozen
-    weights get no gradient (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1).
-    """
-    tokens = count_tokens(held_out.rows)
+    """Seconds of the run: `training_seconds` for its steps, evaluations, the merge's certificate and the sampler."""
     # Two models on 100 dialogues of some 150 tokens, one at a time, which takes twice as long as in rows; 640 short
     # replies for the sampler, the model card's conversations, and saving. The constant was fitted on three runs of 2
     # to 5 minutes on a CPU, which it puts at 0.93 to 1.07 of the time that they took.
-    merging = 4 * min(tokens, 15_000) + 70_000
-    forward_tokens = (1 + evaluations) * tokens / arguments.world_size + merging
-    return training_seconds + forward_tokens * rehearsal.seconds / rehearsal.tokens / 2
-
-
-def affordable_share(rehearsal: Rehearsal, held_out: HeldOut, seconds: float, arguments: TrainingArguments) -> float:
-    """Share of the held-out dialogues that a tenth of `seconds` is enough to score; at most 1."""
-    tokens = count_tokens(held_out.rows) / arguments.world_size
-    return min(1.0, 0.1 * seconds / (tokens * rehearsal.seconds / rehearsal.tokens / 2))
-
-
-def seconds_per_step(rehearsal: Rehearsal, mean_row: float, arguments: TrainingArguments) -> float:
-    """Seconds of an optimiser step on rows of `mean_row` tokens; the rehearsal took the longest rows."""
-    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return rehearsal.seconds * rows * mean_row / rehearsal.tokens
-
-
-def ask_before_days(seconds: float, yes: bool, cheaper: list[str]) -> None:
-    """A run of more than a day asks first. Raises UserError where the answer is no, or nobody is there."""
-    if seconds < 86400 or yes:
-        return
-    advice = f"cheaper: {' or '.join(f'--preset {name}' for name in cheaper)}, or --max_train_dialogues N"
-    if not sys.stdin.isatty():
-        raise UserError(f"this run would take {seconds / 86400:.1f} days; add --yes to start it all the same; {advice}")
-    if input(f"This run would take {seconds / 86400:.1f} days ({advice}). Start it? [y/N] ").strip().lower() != "y":
-        raise UserError("not started")
+    merging = 4 * min(count_tokens(held_out.rows), 15_000) + 70_000
+    evaluating = (1 + evaluations) * evaluation_seconds(rehearsal, held_out, arguments)
+    return training_seconds + evaluating + merging * rehearsal.seconds / rehearsal.tokens / 2

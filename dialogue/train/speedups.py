@@ -12,12 +12,13 @@ from types import MethodType
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -41,36 +42,36 @@ def keep_freed_memory(keep: bool = True) -> None:
             mallopt(-3, 2**30 if keep else 2**22)
 
 
-def trim_base(base: PreTrainedModel, keep_dropout: bool = False) -> None:
-    """Change a frozen base model in place, before LoRA is attached: one kernel for GPT-2's GELU, which else keeps
-    five tensors for its backward pass; on a CPU, attention within each dialogue alone; and no dropout of its own.
+def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
+    """`model`, changed in place: faster forward passes of GPT-2's GELU, of LoRA layers and of trained token rows; on a
+    CPU attention within each dialogue alone; and, unless `keep_dropout`, no dropout in the frozen base.
 
     Dropout regularises weights that are trained; these are frozen, and LoRA has its own dropout.
     """
+    base: Any = model.get_base_model()
+    on_cpu = base.device.type == "cpu"
+    for layer in list(model.modules()):
+        if isinstance(layer, TrainableTokensLayer) and type(layer.base_layer) is nn.Embedding:  # others may scale
+            _replace_forward(layer, _embedding_forward)
+        elif isinstance(layer, LoraLayer):
+            _replace_forward(layer, _lora_forward)
+            for name, dropout in layer.lora_dropout.items():
+                if on_cpu and isinstance(dropout, nn.Dropout):
+                    layer.lora_dropout[name] = CheapDropout(dropout.p)
+        elif isinstance(layer, Linear8bitLt):
+            _replace_forward(layer, lambda layer, x: _Int8Product.apply(x, layer))
+    lora_dropouts = {id(each) for layer in model.modules() if isinstance(layer, LoraLayer) for each in layer.modules()}
     for module in list(base.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, GELUTanh())
-        if not keep_dropout:
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            if isinstance(getattr(module, "attention_dropout", None), float):
-                setattr(module, "attention_dropout", 0.0)  # noqa: B010 (for the type checker, a module's)
-    if base.device.type == "cpu" and base.config._attn_implementation == "sdpa":
+        if not keep_dropout and isinstance(module, nn.Dropout) and id(module) not in lora_dropouts:
+            module.p = 0.0
+        if not keep_dropout and isinstance(getattr(module, "attention_dropout", None), float):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (for the type checker, a module's)
+    if on_cpu and base.config._attn_implementation == "sdpa":
         base.set_attn_implementation(ATTENTION)
-
-
-def speed_up(model: PeftModel) -> None:
-    """Give LoRA layers and trained token rows their faster forward pass, in place."""
-    for layer in model.modules():
-        if isinstance(layer, TrainableTokensLayer) and isinstance(layer.base_layer, nn.Embedding):
-            _replace_forward(layer, _embedding_forward)
-        elif isinstance(layer, LoraLayer):
-            _replace_forward(layer, _lora_forward)
-            if model.device.type == "cpu":
-                for name, dropout in layer.lora_dropout.items():
-                    if isinstance(dropout, nn.Dropout):
-                        layer.lora_dropout[name] = CheapDropout(dropout.p)
+    return model
 
 
 def _replace_forward(layer: Any, forward: Callable[..., Tensor]) -> None:
@@ -78,10 +79,15 @@ def _replace_forward(layer: Any, forward: Callable[..., Tensor]) -> None:
 
 
 def _lora_forward(layer: Any, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
-    """x W + (x A) B * scaling, with A and B cast to x's dtype. PEFT casts x to theirs, float32: more to compute,
-    and a copy of x to keep."""
+    """(B, T, in) -> (B, T, out): x W + (x A) B * scaling, in training with A and B cast to x's dtype. PEFT casts x to
+    theirs, float32: more to compute, and a copy of x to keep.
+
+    PEFT's own forward pass serves evaluation, whose figures then hold for the adapters as they are saved: after few
+    steps all entries of B have about one size, and bfloat16 rounds all of them the same way.
+    """
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(adapters) != 1 or layer.lora_variant or args or keywords:
+    plain = not (layer.disable_adapters or layer.merged or layer.lora_variant or args or keywords)
+    if not layer.training or not plain or len(adapters) != 1 or layer.lora_bias[adapters[0]]:
         return type(layer).forward(layer, x, *args, **keywords)
     [adapter] = adapters
     result = layer.base_layer(x)
@@ -92,23 +98,36 @@ def _lora_forward(layer: Any, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
     return torch.addmm(flat, narrow.to(flat.dtype), up.T.to(flat.dtype), alpha=layer.scaling[adapter]).view_as(result)
 
 
+class _Int8Product(torch.autograd.Function):
+    """(B, T, in) -> (B, T, out) by bitsandbytes' own 8-bit layer, which keeps its input for a gradient of the weight
+    that nobody asks for, and where activation checkpointing cannot drop it (bitsandbytes#2034)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear8bitLt) -> Tensor:
+        ctx.state = layer.state
+        return type(layer).forward(layer, x)  # gradients are off in here, so that nothing is kept
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        [gradient], state = gradients, ctx.state
+        return gradient @ state.CB.to(gradient.dtype).mul_(state.SCB[:, None] * (1 / 127)), None
+
+
 def _embedding_forward(layer: Any, ids: Tensor) -> Tensor:
-    """Rows of the frozen embedding, or trained ones. PEFT copies the whole matrix to put three rows into it, and
-    its backward pass makes another."""
+    """(B, T) -> (B, T, H): rows of the frozen embedding, or trained ones. PEFT copies the whole matrix to put three
+    rows into it, and its backward pass makes another."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return type(layer).forward(layer, ids)
     [adapter] = layer.active_adapters
     frozen = layer.base_layer(ids)
     trained = layer.trainable_tokens_delta[adapter].to(frozen.dtype)
     hits = ids.unsqueeze(-1) == torch.tensor(layer.token_indices[adapter], device=ids.device)  # (B, T, R)
-    scale = layer._get_embed_scale()
-    if scale is not None:
-        trained = trained * scale.to(trained.dtype)
     return frozen.masked_fill(hits.any(-1, keepdim=True), 0) + hits.to(trained.dtype) @ trained
 
 
 class CheapDropout(nn.Module):
-    """Dropout from 16 random bits an element, cheaper on a CPU than `nn.Dropout`'s; p is exact to 2**-16."""
+    """Dropout from 16 random bits an element, exact to 2**-16: a step of GPT-2 124M on one core takes 0.96 s with it,
+    1.03 s with `nn.Dropout`, and 0.87 s without dropout."""
 
     def __init__(self, p: float) -> None:
         super().__init__()

@@ -1,0 +1,97 @@
+"""Cross-entropy over a large vocabulary without the large logits.
+
+GPT-2's head maps each position to 50,260 logits: for 8 x 512 tokens 0.8 GB in float32, as much again for
+their gradient. Here logits exist only where a label is, and only `CHUNK` positions at a time; the
+gradient is taken in the same pass. torch's own `linear_cross_entropy` (2.13) chunks too, but with three
+trained token rows in the weight it must compute the gradient of the whole weight, a third more work.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+CHUNK = 256  # positions; (256, 50260) float32 logits are 51 MB
+
+
+class Head(NamedTuple):
+    """The matrix that turns hidden states into logits, some of whose rows have trained values."""
+
+    weight: Tensor  # (V, H), frozen
+    rows: Tensor  # (R, H), trained: they stand for the rows `ids` of `weight`
+    ids: Tensor  # (R,) int64
+
+
+def head_of(model: Any) -> Head:
+    """The head of a causal language model, or of a PeftModel with trained token rows."""
+    head = model.get_output_embeddings()
+    if not isinstance(model, PeftModel):
+        weight = head.weight
+        return Head(weight, weight[:0], torch.empty(0, dtype=torch.long, device=weight.device))
+    lm: Any = model.get_base_model()
+    tokens: Any = (lm.get_input_embeddings() if lm.config.tie_word_embeddings else head).token_adapter
+    weight = tokens.base_layer.weight
+    ids = torch.tensor(tokens.token_indices[model.active_adapter], device=weight.device)
+    return Head(weight, tokens.trainable_tokens_delta[model.active_adapter], ids)
+
+
+def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The last hidden states (B, T, H) of a causal language model, without the logits of all positions.
+
+    Negative indices of `output_hidden_states` and `logits_to_keep` are in transformers' documentation of its outputs.
+    """
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    return model(**inputs, use_cache=False, output_hidden_states=-1, logits_to_keep=1).hidden_states[-1]
+
+
+def summed_nats(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
+    """Nats of the labels (B, T) of `batch`, summed: a float32 scalar with a gradient.
+
+    Position t predicts label t + 1. `head` is `model`'s, which may be wrapped for several processes.
+    """
+    hidden, targets = hidden_states(model, batch)[:, :-1], batch["labels"][:, 1:].reshape(-1)
+    labelled = targets != -100
+    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1])[labelled], *head, targets[labelled])
+
+
+def mean_nats(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
+    """Nats a label of `batch`: a float32 scalar with a gradient."""
+    return summed_nats(model, batch, head) / (batch["labels"][:, 1:] != -100).sum()
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, row_ids: Tensor, labels: Tensor) -> Tensor:
+        """(T, H), frozen (V, H), trained rows (R, H), (R,), (T,) -> summed nats, float32 scalar."""
+        need_gradient = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        hidden_gradient = torch.empty_like(hidden)
+        rows_gradient = torch.zeros_like(rows, dtype=torch.float32)
+        typed_rows = rows.to(weight.dtype)
+        for start in range(0, len(labels), CHUNK):
+            part = slice(start, start + CHUNK)
+            x, y = hidden[part].to(weight.dtype), labels[part]
+            logits = (x @ weight.T).float()
+            logits[:, row_ids] = (x @ typed_rows.T).float()
+            log_probabilities = logits.log_softmax(-1)
+            del logits
+            total += torch.nn.functional.nll_loss(log_probabilities, y, reduction="sum")
+            if not need_gradient:
+                continue
+            # d(-log softmax(z)[y]) / dz = softmax(z) - onehot(y)
+            gradient = log_probabilities.exp_()
+            gradient[torch.arange(len(y), device=y.device), y] -= 1
+            gradient = gradient.to(weight.dtype)
+            gradient_at_rows = gradient[:, row_ids]
+            rows_gradient += (gradient_at_rows.T @ x).float()
+            gradient[:, row_ids] = 0
+            hidden_gradient[part] = (gradient @ weight + gradient_at_rows @ typed_rows).to(hidden.dtype)
+        if need_gradient:
+            ctx.save_for_backward(hidden_gradient, rows_gradient.to(rows.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_gradient, rows_gradient = ctx.saved_tensors
+        return hidden_gradient * scale[0], None, rows_gradient * scale[0], None, None

@@ -1,0 +1,78 @@
+"""What a person sees while a model is trained: a bar, or without a terminal a line for each logged step."""
+
+import os
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from transformers import TrainerCallback
+
+from dialogue import machine
+from dialogue.plaintext import plain
+
+
+class Progressed(TrainerCallback):
+    """A bar with loss, tokens/s and time left; without a terminal, a line for each logged step."""
+
+    def __init__(self, tokens_per_step: float, evaluations: int, evaluation_seconds: float) -> None:
+        self.tokens_per_step = tokens_per_step
+        self.evaluations, self.evaluation_seconds = evaluations, evaluation_seconds  # those still to come
+        # Standard error, as all progress bars: standard output stays for what was asked for.
+        self.console = Console(stderr=True, quiet=int(os.environ.get("RANK", 0)) > 0)
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[rate]:.0f} tokens/s, {task.fields[left]} left"), console=self.console,
+        )  # fmt: skip
+        self.task: Any = None
+        self.steps = 0
+        self.busy = self.step_began = 0.0  # seconds inside steps: evaluations and checkpoints are left out
+
+    @property
+    def rate(self) -> float:
+        """Training tokens a second so far; padding does not count."""
+        return self.steps * self.tokens_per_step / self.busy if self.busy else 0.0
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        self.task = self.bar.add_task(
+            "training", total=state.max_steps, completed=state.global_step, loss="?", rate=0.0, left="?"
+        )
+        if self.console.is_terminal:
+            self.bar.start()
+
+    def on_step_begin(self, args, state, control, **_: Any) -> None:
+        self.step_began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        self.busy += time.perf_counter() - self.step_began
+        self.steps += 1
+        left = (state.max_steps - state.global_step) * self.busy / self.steps
+        left += self.evaluations * self.evaluation_seconds
+        in_words = machine.duration(left)
+        self.bar.update(self.task, completed=state.global_step, rate=self.rate, left=in_words)
+
+    def on_evaluate(self, args, state, control, **keywords: Any) -> None:
+        self.evaluations = max(0, self.evaluations - 1)
+        self.evaluation_seconds = keywords["metrics"]["eval_seconds"]
+
+    def on_log(self, args, state, control, **keywords: Any) -> None:
+        logs: dict[str, float] = keywords["logs"]
+        if "loss" in logs:
+            self.bar.update(self.task, loss=f"{logs['loss']:.3f}")
+        if self.console.is_terminal:
+            if "eval_loss" in logs:
+                self.say(f"step {state.global_step}: validation perplexity {logs['eval_perplexity']:.2f} per token")
+        elif not self.console.quiet:
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, float))
+            self.say(f"step {state.global_step}/{state.max_steps}  {figures}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar; plain text, since a model may have written it."""
+        if self.console.is_terminal:
+            self.bar.print(plain(text), markup=False, highlight=False)
+        else:
+            print(plain(text), file=sys.stderr, flush=True)
+
+    def on_train_end(self, args, state, control, **_: Any) -> None:
+        self.bar.stop()

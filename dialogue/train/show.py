@@ -1,0 +1,83 @@
+"""What is printed before and after a training: an example, the plan, the result."""
+
+import shlex
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from dialogue import machine
+from dialogue.data.corpus import Corpus
+from dialogue.data.packing import IGNORED, Row, count_tokens
+from dialogue.plaintext import plain
+from dialogue.prompt import decode_text
+from dialogue.storage import read_json
+from dialogue.train.memory import Load, estimate
+from dialogue.train.options import Run
+from dialogue.train.plan import Plan
+from dialogue.train.record import precision_in_words
+
+
+def line(console: Console, text: str) -> None:
+    """A line of plain text, not broken: it may be there to be copied. Nothing for no text."""
+    if text:
+        console.print(plain(text), highlight=False, markup=False, soft_wrap=True)
+
+
+def plan(console: Console, plan: Plan, run: Run, corpus: Corpus, model: PeftModel, load: Load, before: int) -> None:
+    """The plan as a table; `before` is what the process had taken when it was made, in bytes."""
+    rows, arguments, rehearsed = plan.rows, plan.arguments, plan.rehearsal
+    trained = model.num_parameters(only_trainable=True)
+    expected, free = before + estimate(load, plan.fit), machine.free_memory(model.device, arguments.world_size)
+    times = arguments.gradient_accumulation_steps
+    batch = f"{plan.fit.rows * times * arguments.world_size} rows a step: {plan.fit.rows} at once, {times} times"
+    batch += f", in {arguments.world_size} processes" * (arguments.world_size > 1)
+    epochs = round(plan.steps * plan.fit.rows * times * arguments.world_size / len(rows.train), 2)
+    what = {
+        "base model": f"{run.base_model} ({(model.num_parameters() - trained) / 1e6:.0f} M parameters)",
+        "device": machine.hardware(model.device),
+        "precision": precision_in_words(plan),
+        "trainable": f"{trained:,} parameters: LoRA r={run.lora.r} and three token rows",
+        "dialogues": "; ".join([f"{rows.dialogues:,} of {corpus.source}", *corpus.notes, *rows.notes]),
+        "tokens": f"{count_tokens(rows.train):,} an epoch, in {len(rows.train):,} rows of {rows.length}"
+        + "; one dialogue a row, since this base would let packed ones see each other" * (not plan.packed),
+        "steps": f"{plan.steps:,} in {epochs if arguments.max_steps > 0 else arguments.num_train_epochs:g} epochs",
+        "batch": f"{batch}; activation checkpointing {'on' if plan.fit.checkpointing else 'off'}",
+        "memory": f"{expected / 1e9:.1f} GB at the peak by arithmetic, {rehearsed.peak_bytes / 1e9:.1f} GB rehearsed; "
+        f"{free / 1e9:.0f} GB are still free",
+        "time": f"about {machine.duration(plan.seconds)} "
+        f"(rehearsed: {rehearsed.tokens / rehearsed.seconds:.0f} tokens/s)",
+    }
+    table = Table(title="Plan", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in what.items():
+        table.add_row(name, Text(plain(value)))
+    console.print(table)
+
+
+def example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:
+    """The first dialogue of `row`: what is learned in green, what is only read dim."""
+    text = Text("One dialogue as the model reads it (green: learned): ", style="bold")
+    end = next((i for i in range(1, len(row["position_ids"])) if row["position_ids"][i] == 0), len(row["input_ids"]))
+    for token, label in zip(row["input_ids"][:end], row["labels"][:end], strict=True):
+        text.append(plain(decode_text(tokenizer, [token])), style="dim" if label == IGNORED else "green")
+    console.print(text)
+
+
+def result(console: Console, run: Run, certificate: dict[str, Any]) -> None:
+    """What the run achieved, what it wrote, and what to do next."""
+    metrics, chat = read_json(run.adapters / "metrics.json"), "chat_precision" in certificate
+    console.print(
+        f"Perplexity on validation replies: {metrics['base_eval_perplexity']:.1f} untuned, "
+        f"[bold]{metrics['eval_perplexity']:.1f}[/] tuned (per token); "
+        f"merged model: {certificate['perplexity_change']:+.2%} perplexity, "
+        f"{certificate['greedy_agreement']:.1%} of greedy choices the same"
+        + (f"; chat in {certificate['chat_precision']}: {certificate['chat_perplexity_change']:+.2%}." if chat else ".")
+    )
+    console.print(Text(plain(f"Adapters and report: {run.adapter_dir}/   Merged model: {run.merged_dir}/")))
+    extra = "" if run.merged_dir == "gpt2-dialogue-full" else f" --model {shlex.quote(run.merged_dir)}"
+    console.print(Text.assemble("Chat with it: ", (plain(f"python main.py{extra}"), "bold")), soft_wrap=True)
