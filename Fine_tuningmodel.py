@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
         return  # the first process writes
 
     # Merge into a fresh 16-bit base, and compare what came out with what was trained
-    witness = merge.testify(model, prepared.certificate, tokenizer.pad_token_id)
+    witness = merge.witness_of(model, prepared.certificate, tokenizer.pad_token_id)
     del base, model
     with storage.whole_folder(run.merged) as folder:
         merge.write(run.base_model, run.adapters, tokenizer, folder)

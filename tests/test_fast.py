@@ -1,19 +1,31 @@
 """The faster forward passes against transformers' and PEFT's own, with their gradients."""
 
 import copy
+import weakref
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from conftest import gpt2_tokenizer
 from peft import LoraConfig
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from dialogue.data.packing import collate, encode, pack
+from dialogue.measure.loss import head_of, mean_nats
+from dialogue.models import load_base
 from dialogue.prompt import add_roles
 from dialogue.train import speedups
 from dialogue.train.lora import attach
-from dialogue.train.loss import chunked_head
 
 DIALOGUES = [["Hi there", "Hello, how are you?", "Fine"], ["What time is it?", "Noon."], ["Bye", "See you", "ok", "!"]]
 GPT2 = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -33,11 +45,11 @@ def base_model(family, size, layers=2):
     return MistralForCausalLM(MistralConfig(vocab_size=size, sliding_window=5, **LLAMA))
 
 
-def attached(base, roles, dropout=0.0):
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["c_attn", "c_proj"])
+def attached(base, tokenizer, dropout=0.0, **changes):
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["c_attn", "c_proj"], **changes)
     config.task_type = "CAUSAL_LM"
     torch.manual_seed(1)
-    model = attach(base, config, roles)
+    model = attach(base, config, tokenizer)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name:
@@ -47,27 +59,24 @@ def attached(base, roles, dropout=0.0):
 
 @pytest.fixture(scope="module")
 def talk():
-    """(roles, size of the vocabulary, a batch of packed rows, a padded one among them)."""
+    """(tokenizer, size of its vocabulary, a batch of packed rows, a padded one among them)."""
     tokenizer = gpt2_tokenizer()
-    roles = add_roles(tokenizer)
+    add_roles(tokenizer)
     rows = pack(encode(tokenizer, DIALOGUES, 32).pieces, tokenizer, 32, "both")
     assert any(row["position_ids"].count(0) > 1 for row in rows) and len({len(row["labels"]) for row in rows}) > 1
-    return roles, len(tokenizer), collate(rows, 0)
+    return tokenizer, len(tokenizer), collate(rows, 0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
 def test_losses_and_gradients_are_those_of_peft(family, talk):
-    roles, size, batch = talk
+    tokenizer, size, batch = talk
     base = base_model(family, size)
     for module in base.modules():  # the comparison needs both without noise
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    quick = copy.deepcopy(base)
-    speedups.trim_base(quick)
-    plain, quick = attached(base, roles), attached(quick, roles)
-    speedups.speed_up(quick)
+    plain, quick = attached(base, tokenizer), speedups.apply(attached(copy.deepcopy(base), tokenizer))
     assert quick.config._attn_implementation == speedups.ATTENTION
     losses = []
     for model in (plain, quick):
@@ -75,8 +84,7 @@ def test_losses_and_gradients_are_those_of_peft(family, talk):
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         losses.append(loss.item())
-    with chunked_head(quick):
-        losses.append(quick(**batch, use_cache=False).loss.item())
+    losses.append(mean_nats(quick, batch, head_of(quick)).item())
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     quick_gradients = {name: p.grad for name, p in quick.named_parameters() if p.requires_grad}
     for name, p in plain.named_parameters():
@@ -85,12 +93,10 @@ def test_losses_and_gradients_are_those_of_peft(family, talk):
 
 
 def test_without_adapters_and_with_a_cache_the_base_model_answers(talk):
-    roles, size, _ = talk
+    tokenizer, size, _ = talk
     base = base_model("gpt2", size)
     expected = copy.deepcopy(base).eval()
-    speedups.trim_base(base)
-    model = attached(base, roles).eval()
-    speedups.speed_up(model)
+    model = speedups.apply(attached(base, tokenizer)).eval()
     ids = torch.arange(12)[None] + 30
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected(ids).logits)
@@ -100,12 +106,10 @@ def test_without_adapters_and_with_a_cache_the_base_model_answers(talk):
 
 
 def test_a_frozen_base_has_no_dropout_of_its_own_unless_wished(talk):
-    roles, size, batch = talk
+    tokenizer, size, batch = talk
     for keep in (False, True):
         base = base_model("gpt2", size)
-        speedups.trim_base(base, keep_dropout=keep)
-        model = attached(base, roles).train()
-        speedups.speed_up(model)
+        model = speedups.apply(attached(base, tokenizer), keep_dropout=keep).train()
         first, second = (model(**batch, use_cache=False).loss.item() for _ in range(2))
         assert (first != second) is keep
 
@@ -125,3 +129,71 @@ def test_cheap_dropout_drops_its_share_and_keeps_the_mean():
     first = dropout.train()(x)
     torch.manual_seed(7)
     assert torch.equal(first, dropout(x)), "the same seed, another mask"
+
+
+def test_loras_own_bias_is_trained_and_used(talk):
+    tokenizer, size, batch = talk
+    models = [attached(base_model("gpt2", size), tokenizer, lora_bias=True) for _ in range(2)]
+    speedups.apply(models[1])
+    gradients = []
+    for model in models:
+        for name, p in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                p.data.fill_(0.1)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        loss = model.train()(**batch, use_cache=False).loss
+        loss.backward()
+        gradients.append([loss.item(), *(p.grad.norm().item() for n, p in model.named_parameters() if "lora_B" in n)])
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-4, abs=1e-5)
+
+
+def test_evaluation_applies_lora_as_it_is_saved(talk):
+    """After few steps all entries of B have about one size, which bfloat16 rounds all the same way."""
+    tokenizer, size, batch = talk
+    model = speedups.apply(attached(base_model("gpt2", size).bfloat16(), tokenizer))
+    layer = next(layer for layer in model.modules() if hasattr(layer, "lora_B"))
+    layer.lora_B["default"].weight.data.fill_(1.0017)  # bfloat16 has 1.0 and 1.0078
+    x = torch.ones(1, 2, layer.in_features, dtype=torch.bfloat16)
+    exact = type(layer).forward(layer, x)
+    assert torch.equal(layer.eval()(x), exact)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_products_in_8_bits_have_bitwise_the_gradients_of_bitsandbytes(talk, checkpointing, tmp_path):
+    tokenizer, size, batch = talk
+    base_model("gpt2", size).save_pretrained(tmp_path)
+    quantised = BitsAndBytesConfig(load_in_8bit=True)
+    found = []
+    for own in (False, True):
+        base = load_base(str(tmp_path), torch.bfloat16, torch.device("cpu"), tokenizer, quantised)
+        model = speedups.apply(attached(base, tokenizer))
+        products = [layer for layer in model.modules() if isinstance(layer, Linear8bitLt)]
+        assert len(products) == 8
+        if not own:
+            for layer in products:
+                del layer.forward
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model.train()
+        loss = mean_nats(model, batch, head_of(model))
+        loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(found[1][name], gradient), name
+
+
+def test_a_product_in_8_bits_keeps_no_input(tmp_path):
+    """bitsandbytes' own keeps it where autograd's hooks, and so activation checkpointing, cannot see it."""
+    base_model("gpt2", 300).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
+    layer = next(layer for layer in model.modules() if isinstance(layer, Linear8bitLt))
+    for product, keeps in ((layer, True), (lambda x: speedups._Int8Product.apply(x, layer), False)):
+        x = torch.randn(2, 3, layer.in_features, requires_grad=True)
+        doubled = x * 2
+        y, input_kept = product(doubled), weakref.ref(doubled)
+        del doubled
+        assert (input_kept() is not None) is keeps
+        del y

@@ -1,16 +1,19 @@
 """What is trained, what a folder holds, and the loss in chunks against the plain one."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from safetensors import safe_open
+from transformers import GPT2Config
 
 from dialogue.data.packing import collate, encode, pack
 from dialogue.errors import UserError
+from dialogue.measure.loss import head_of, mean_nats, summed_nats
 from dialogue.models import load_base
 from dialogue.prompt import add_roles
-from dialogue.train.lora import attach, save_adapter
-from dialogue.train.loss import chunked_head
+from dialogue.train.lora import attach, count_trained, save
 
 CPU = torch.device("cpu")
 DIALOGUES = [["Hi there", "Hello, how are you?", "Fine"], ["What time is it?", "Noon."], ["Bye", "See you"]]
@@ -23,9 +26,9 @@ def gpt2_lora():
 @pytest.fixture
 def attached(random_gpt2, tokenizer):
     """(model with LoRA, tokenizer, a packed batch)."""
-    roles = add_roles(tokenizer)
+    add_roles(tokenizer)
     torch.manual_seed(1)
-    model = attach(load_base(str(random_gpt2), torch.float32, CPU, tokenizer), gpt2_lora(), roles)
+    model = attach(load_base(str(random_gpt2), torch.float32, CPU, tokenizer), gpt2_lora(), tokenizer)
     model.config.use_cache = False
     rows = pack(encode(tokenizer, DIALOGUES, 128).pieces, tokenizer, 128, "both")
     return model, tokenizer, collate(rows, tokenizer.pad_token_id)
@@ -36,7 +39,7 @@ def gradients(model):
 
 
 def test_chunked_loss_and_gradients_equal_the_plain_ones(attached, monkeypatch):
-    monkeypatch.setattr("dialogue.train.loss.CHUNK", 7)  # several chunks, the last one short
+    monkeypatch.setattr("dialogue.measure.loss.CHUNK", 7)  # several chunks, the last one short
     model, _, batch = attached
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -46,14 +49,14 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(attached, monkeypatch):
             if "lora_B" in name:
                 p.normal_(std=0.02)
     model.train()
+    labels = int((batch["labels"][:, 1:] != -100).sum())
     for divisor in ({}, {"num_items_in_batch": 5}):
         plain = model(**batch, **divisor).loss
         plain.backward()
         expected = gradients(model)
         model.zero_grad()
-        with chunked_head(model):
-            chunked = model(**batch, **divisor).loss
-            chunked.backward()
+        chunked = summed_nats(model, batch, head_of(model)) / divisor.get("num_items_in_batch", labels)
+        chunked.backward()
         assert chunked.item() == pytest.approx(plain.item(), rel=1e-5)
         assert gradients(model).keys() == expected.keys()
         for name, gradient in gradients(model).items():
@@ -64,7 +67,7 @@ def test_chunked_loss_and_gradients_equal_the_plain_ones(attached, monkeypatch):
 def test_an_untied_head_trains_its_own_rows(tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    roles = add_roles(tokenizer)
+    add_roles(tokenizer)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -75,29 +78,36 @@ def test_an_untied_head_trains_its_own_rows(tokenizer):
         num_key_value_heads=2,
         tie_word_embeddings=False,
     )
-    model = attach(LlamaForCausalLM(config), gpt2_lora(), roles)
+    model = attach(LlamaForCausalLM(config), gpt2_lora(), tokenizer)
     batch = collate(pack(encode(tokenizer, DIALOGUES, 128).pieces, tokenizer, 128, "both"), 0)
     plain = model(**batch, use_cache=False).loss
     plain.backward()
     expected = gradients(model)
     assert sum("trainable_tokens" in name for name in expected) == 2
     model.zero_grad()
-    with chunked_head(model):
-        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        assert trained == expected.keys(), "Trainer takes from here what is trained"
-        chunked = model(**batch, use_cache=False).loss
-        chunked.backward()
+    chunked = mean_nats(model, batch, head_of(model))
+    chunked.backward()
     assert chunked.item() == pytest.approx(plain.item(), rel=1e-5)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_head_is_back_after_training(attached):
-    model, _, batch = attached
-    before = model(**batch).logits
-    with chunked_head(model):
-        model(**batch)
-    torch.testing.assert_close(model(**batch).logits, before)
+def test_a_plain_model_has_the_same_likelihood_in_chunks(random_gpt2, attached):
+    _, tokenizer, batch = attached
+    base = load_base(str(random_gpt2), torch.float32, CPU, tokenizer).eval()
+    expected = base(**batch, use_cache=False).loss.item()
+    assert mean_nats(base, batch, head_of(base)).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"r": 3, "target_modules": ["c_fc"]}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_is_trained_is_counted_from_the_config_alone(random_gpt2, tokenizer, changes):
+    add_roles(tokenizer)
+    base = load_base(str(random_gpt2), torch.float32, CPU, tokenizer)
+    lora = dataclasses.replace(gpt2_lora(), **changes)
+    state = torch.get_rng_state()
+    counted = count_trained(GPT2Config.from_pretrained(random_gpt2), lora, tokenizer)
+    assert torch.equal(torch.get_rng_state(), state), "LoRA's own start would be another one"
+    assert counted == attach(base, lora, tokenizer).num_parameters(only_trainable=True)
 
 
 def test_only_lora_and_three_rows_are_trained(attached):
@@ -110,13 +120,12 @@ def test_only_lora_and_three_rows_are_trained(attached):
     before = {name: p.clone() for name, p in trained.items()}
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, weight_decay=0.0)
     losses = []
-    with chunked_head(model):
-        for _ in range(8):
-            loss = model(**batch).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
+    for _ in range(8):
+        loss = mean_nats(model, batch, head_of(model))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
     assert losses[-1] < losses[0], losses
     for name, p in model.named_parameters():
         if name in frozen:
@@ -134,7 +143,7 @@ def test_the_adapter_folder_holds_no_embedding_and_loads_by_itself(attached, tmp
                 p.normal_(std=0.02)
     model.eval()
     expected = model(**batch).logits
-    save_adapter(model, tokenizer, str(tmp_path))
+    save(model, tokenizer, tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
         shapes = [tuple(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118 (no mapping)
     assert all(len(tokenizer) not in shape for shape in shapes), "the embedding matrix was saved"
@@ -143,19 +152,19 @@ def test_the_adapter_folder_holds_no_embedding_and_loads_by_itself(attached, tmp
 
 
 def test_targets_that_the_base_lacks_are_named(random_gpt2, tokenizer):
-    roles = add_roles(tokenizer)
+    add_roles(tokenizer)
     base = load_base(str(random_gpt2), torch.float32, CPU, tokenizer)
     base.config.model_type = "nobody-knows"
     config = gpt2_lora()
     config.target_modules = {"q_proj"}
     with pytest.raises(UserError, match=r"no modules named q_proj.*c_attn.*target_modules"):
-        attach(base, config, roles)
+        attach(base, config, tokenizer)
 
 
 def test_a_family_from_the_table_gets_its_own_targets(tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    roles = add_roles(tokenizer)
+    add_roles(tokenizer)
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -168,7 +177,7 @@ def test_a_family_from_the_table_gets_its_own_targets(tokenizer):
         )  # fmt: skip
     )
     config = gpt2_lora()
-    model = attach(llama, config, roles)
+    model = attach(llama, config, tokenizer)
     assert {name.split(".")[-4] for name, _ in model.named_parameters() if "lora_A" in name} == {
         "q_proj", "k_proj", "v_proj", "o_proj",
     }  # fmt: skip

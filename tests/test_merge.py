@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dialogue.data.packing import encode, to_row
 from dialogue.errors import UserError
-from dialogue.measure.merge import MAX_PERPLEXITY_CHANGE, certify
+from dialogue.measure.merge import MAX_PERPLEXITY_CHANGE, certify, witness_of
 from dialogue.prompt import add_roles
+from dialogue.train import speedups
 from dialogue.train.lora import attach
 
 
@@ -23,14 +24,66 @@ def test_rounding_passes_and_another_model_does_not(dialogues):
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=2, n_head=4)
     config.initializer_range = 0.3  # far from uniform, so that rounding is seen
     lora = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    trained = attach(GPT2LMHeadModel(config), lora, roles).eval()
+    trained = attach(GPT2LMHeadModel(config), lora, tokenizer).eval()
     merged = copy.deepcopy(trained).merge_and_unload().bfloat16()
     other = copy.deepcopy(trained).unload()
     pieces = encode(tokenizer, [["Hi", f"No {n}."] for n in range(dialogues)], 64).pieces
     rows = [to_row(piece, "bot", roles.bot) for piece in pieces]
-    certificate = certify(trained, merged, rows, tokenizer.pad_token_id, quantised=False)
+
+    def compare(other):
+        first, second = (witness_of(model, rows, tokenizer.pad_token_id) for model in (trained, other))
+        return certify(first, second, quantised=False, device=torch.device("cpu"))[0]
+
+    certificate = compare(merged)
     assert abs(certificate["perplexity_change"]) <= certificate["largest_perplexity_change_allowed"]
     if dialogues == 1:
         assert abs(certificate["perplexity_change"]) > MAX_PERPLEXITY_CHANGE["16-bit"], "the case that is meant"
     with pytest.raises(UserError, match="not the one that was trained"):
-        certify(trained, other, rows, tokenizer.pad_token_id, quantised=False)
+        compare(other)
+
+
+def random_model(tokenizer, offset=0.0):
+    """A GPT-2 with LoRA whose logits lie around `offset`, as GPT-2's own lie around -112."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():  # one direction of the last hidden state is the same everywhere
+        model.transformer.ln_f.bias[0] = 10.0
+        model.transformer.ln_f.weight[0] = 0.0
+        model.transformer.wte.weight[:, 0] = offset / 10
+    lora = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    return attach(model, lora, tokenizer).eval()
+
+
+def test_logits_far_from_zero_are_compared_in_float32():
+    """In bfloat16 they have steps of one half near -112: two right models would differ by more than is allowed."""
+    tokenizer = byte_tokenizer()
+    roles = add_roles(tokenizer)
+    pieces = encode(tokenizer, [["Hi", f"No {n}."] for n in range(60)], 64).pieces
+    rows = [to_row(piece, "bot", roles.bot) for piece in pieces]
+    trained = random_model(tokenizer, offset=-112.0)
+    logits = trained(torch.tensor([[1, 2, 3]])).logits
+    assert -114 < logits.mean() < -110
+    merged = copy.deepcopy(trained).merge_and_unload().half().float()
+    witnesses = [witness_of(model, rows, 0) for model in (trained, merged, copy.deepcopy(trained).unload())]
+    certificate, _ = certify(witnesses[0], witnesses[1], quantised=False, device=torch.device("cpu"))
+    assert certificate["kl_nats_per_token"] < 1e-4
+    with pytest.raises(UserError, match="not the one that was trained"):
+        certify(witnesses[0], witnesses[2], quantised=False, device=torch.device("cpu"))
+
+
+def test_a_run_of_few_steps_is_certified(tmp_path):
+    """After three steps all entries of B have about one size; rounded to bfloat16, all of them are off the same way."""
+    tokenizer = byte_tokenizer()
+    roles = add_roles(tokenizer)
+    pieces = encode(tokenizer, [["Hi", f"No {n}."] for n in range(60)], 64).pieces
+    rows = [to_row(piece, "bot", roles.bot) for piece in pieces]
+    base = random_model(tokenizer).unload().bfloat16()
+    lora = LoraConfig(r=8, lora_alpha=512, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
+    model = speedups.apply(attach(base, lora, tokenizer)).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.fill_(1.0017e-3)
+    exact = copy.deepcopy(model)
+    merged = witness_of(copy.deepcopy(model).float().merge_and_unload(), rows, 0)
+    certify(witness_of(exact, rows, 0), merged, quantised=False, device=torch.device("cpu"))

@@ -6,22 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from helpers import plan_of, run_of, train_on
 from peft import LoraConfig
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from dialogue.data.packing import IGNORED, encode, fill_up, mean_span, pack
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import hold_out
 from dialogue.models import load_base
 from dialogue.prompt import add_roles
-from dialogue.train import pace, plan, speedups
+from dialogue.train import options, plan, speedups, trainer
 from dialogue.train.lora import attach
-from dialogue.train.trainer import Pacing, train
 
 DIALOGUES = [[f"Hello, I am number {n}.", "How are you?", "Fine " * (n % 5 + 1)] for n in range(32)]
 LENGTH = 64
@@ -29,13 +26,12 @@ LENGTH = 64
 
 def prepare(folder, tokenizer):
     """(model with LoRA and no dropout, rows, held-out dialogues)."""
-    roles = add_roles(tokenizer)
+    add_roles(tokenizer)
     set_seed(3)
     base = load_base(str(folder), torch.float32, torch.device("cpu"), tokenizer)
-    speedups.trim_base(base)
     targets = ["c_attn", "c_proj"]
-    model = attach(base, LoraConfig(r=4, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM"), roles)
-    speedups.speed_up(model)
+    lora = LoraConfig(r=4, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
+    model = speedups.apply(attach(base, lora, tokenizer))
     pieces = encode(tokenizer, DIALOGUES, LENGTH).pieces
     return model, pack(pieces, tokenizer, LENGTH, "both")[:16], hold_out(pieces[:7], tokenizer, LENGTH)
 
@@ -60,10 +56,10 @@ def expected(random_gpt2, tmp_path_factory):
 
     tokenizer = gpt2_tokenizer()
     model, rows, held_out = prepare(random_gpt2, tokenizer)
-    return losses(train(model, tokenizer, rows, held_out, settings(tmp_path_factory.mktemp("plain")), {}))
+    return losses(train_on(model, tokenizer, rows, held_out, settings(tmp_path_factory.mktemp("plain"))))
 
 
-def out_of_memory_beyond(model, rows):
+def out_of_memory_beyond(model, rows, where=lambda hidden: True):
     """A device whose memory takes the forward pass of `rows` rows, and the backward pass of half as many."""
     seen = []
     inner = model.get_base_model().transformer.h[0]
@@ -71,7 +67,7 @@ def out_of_memory_beyond(model, rows):
     def check(module, arguments, output):
         count = len(output[0] if isinstance(output, tuple) else output)
         seen.append(count)
-        if count > rows:
+        if count > rows and where(output[0] if isinstance(output, tuple) else output):
             raise torch.OutOfMemoryError("CUDA out of memory")
         if count == rows:
             hidden = output[0] if isinstance(output, tuple) else output
@@ -85,95 +81,58 @@ def out_of_memory_beyond(model, rows):
     return seen
 
 
-def test_out_of_memory_while_training_changes_no_loss(random_gpt2, tokenizer, tmp_path, expected):
-    model, rows, held_out = prepare(random_gpt2, tokenizer)
-    seen = out_of_memory_beyond(model, 2)
-    arguments = settings(tmp_path, per_device_eval_batch_size=1)
-    found = losses(train(model, tokenizer, rows, held_out, arguments, {}))
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
-    assert found[1] == pytest.approx(expected[1], rel=1e-5)
-    assert seen[:2] == [4, 2], "it was not tried in halves"
-    assert seen.count(4) == 1 and seen.count(2) == 1, "what does not fit was tried again"
-
-
 def test_out_of_memory_in_the_rehearsal_keeps_the_effective_batch(random_gpt2, tokenizer, tmp_path, expected):
     model, rows, held_out = prepare(random_gpt2, tokenizer)
     out_of_memory_beyond(model, 2)
-    _, arguments = plan.rehearse_what_fits(model, tokenizer, rows, settings(tmp_path))
-    assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (1, 4)
+    asked = settings(tmp_path)
+    whole = plan_of(rows, held_out, asked, torch.float32)
+    planned = plan.rehearse(model, tokenizer, whole.rows, run_of(arguments=asked), whole.fit)
+    arguments = planned.arguments
+    assert (planned.fit.rows, arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (1, 1, 4)
     arguments.per_device_eval_batch_size = 1
-    found = losses(train(model, tokenizer, rows, held_out, arguments, {}))
+    found = losses(train_on(model, tokenizer, rows, held_out, arguments))
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
 
 
 def test_a_single_row_that_does_not_fit_is_said_in_a_line(random_gpt2, tokenizer, tmp_path):
-    model, rows, _ = prepare(random_gpt2, tokenizer)
-    out_of_memory_beyond(model, 0)
-    with pytest.raises(UserError, match=r"single row.*--max_length"):
-        plan.rehearse_what_fits(model, tokenizer, rows, settings(tmp_path))
-
-
-@given(st.integers(1, 64), st.integers(1, 8))
-@hypothesis.settings(deadline=None, max_examples=30)
-def test_halving_keeps_the_effective_batch(rows, steps):
-    arguments = TrainingArguments(per_device_train_batch_size=rows, gradient_accumulation_steps=steps)
-    while arguments.per_device_train_batch_size > 1:
-        smaller = pace.halve(arguments)
-        assert smaller.per_device_train_batch_size <= arguments.per_device_train_batch_size / 2
-        arguments = smaller
-        assert arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == rows * steps
-
-
-class Clock:
-    """A clock that only steps and evaluations move, by as much as they would take, and a reading by a microsecond."""
-
-    def __init__(self, monkeypatch):
-        self.now = 100.0
-        monkeypatch.setattr(pace.time, "perf_counter", self.read)
-
-    def read(self):
-        self.now += 1e-6
-        return self.now
-
-
-@pytest.mark.parametrize("step_seconds", [[1.5], [1.5, 1.5, 3.0]], ids=["steady", "slower later"])
-def test_a_budget_ends_the_run_on_time_with_the_learning_rate_at_zero(
-    random_gpt2, tokenizer, tmp_path, monkeypatch, step_seconds
-):
-    """The speed may change on the way: the schedule follows the clock, not the steps that were foreseen."""
     model, rows, held_out = prepare(random_gpt2, tokenizer)
-    clock = Clock(monkeypatch)
-    took = iter([])
+    whole = plan_of(rows, held_out, settings(tmp_path), torch.float32)
+    out_of_memory_beyond(model, 0, where=lambda hidden: hidden.requires_grad)
+    with pytest.raises(UserError, match=r"single row.*--max_length"):
+        plan.rehearse(model, tokenizer, whole.rows, run_of(arguments=whole.arguments), whole.fit)
 
-    def advance(module, arguments, output):
-        nonlocal took
-        hidden = output[0] if isinstance(output, tuple) else output
-        if not model.training:
-            clock.now += 4.0 * (len(hidden) > 1)  # the held-out rows; sample replies come one at a time
-            return
-        seconds = next(took, None)
-        if seconds is None:
-            took = iter(step_seconds)
-            seconds = next(took)
-        clock.now += seconds
 
-    model.get_base_model().transformer.h[0].register_forward_hook(advance)
-    budget = pace.Budget(60.0)
-    began = clock.now
-    arguments = settings(tmp_path, max_steps=1000, lr_scheduler_type="linear", warmup_steps=0.1)
-    trained = train(model, tokenizer, rows, held_out, arguments, {}, pacing=Pacing(4.0, budget))
-    assert clock.now - began == pytest.approx(60.0, rel=0.05)
-    rates = [entry["learning_rate"] for entry in trained.history if "learning_rate" in entry]
-    assert max(rates) > 0.008 and rates[-1] < 0.1 * max(rates), rates
-    assert trained.steps < 45
+def test_a_budget_becomes_steps_and_a_clock_that_ends_the_run(random_gpt2, tokenizer, tmp_path, monkeypatch):
+    """The rehearsal promises steps of 1.5 s; they take 3 s, and the run ends on time all the same."""
+    model, rows, held_out = prepare(random_gpt2, tokenizer)
+    arguments = settings(tmp_path, max_steps=-1, num_train_epochs=100, lr_scheduler_type="linear")
+    run = run_of("--budget", "1m", arguments=arguments)
+    whole = plan_of(rows, held_out, arguments, torch.float32)
+    rehearsal = plan.Rehearsal(1.5, round(4 * plan.count_tokens(rows) / len(rows)), 0)
+    planned = plan.foresee(rehearsal, whole.rows, run, whole.fit)
+    reserve = plan.evaluation_seconds(rehearsal, held_out, arguments)
+    assert planned.steps * 1.5 + reserve == pytest.approx(60, rel=0.1)
+    assert planned.arguments.max_steps == planned.steps, "the schedule goes over the steps that fit"
+
+    clock = [100.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: clock[0])
+
+    class Slow(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            clock[0] += 3.0
+
+    trained = trainer.train(model, tokenizer, planned, run, {}, callbacks=(Slow(),))
+    assert trained.seconds == pytest.approx(60, abs=3)
+    assert trained.steps < planned.steps
+    assert trained.steps in [entry["step"] for entry in trained.history if "eval_loss" in entry], "not evaluated"
 
 
 def test_budgets_are_written_as_people_do():
     written = {"90s": 90, "20m": 1200, "1h30m": 5400, "2h": 7200, "1H5S": 3605}
-    assert {text: pace.parse_duration(text) for text in written} == written
+    assert {text: options.parse_duration(text) for text in written} == written
     for text in ("", "20", "m", "1.5h", "-3m", "0s"):
         with pytest.raises(UserError, match="20m"):
-            pace.parse_duration(text)
+            options.parse_duration(text)
 
 
 def test_rows_are_filled_up_without_a_label_more():
@@ -192,7 +151,7 @@ def share(folder, out):
     tokenizer = gpt2_tokenizer()
     model, rows, held_out = prepare(folder, tokenizer)
     arguments = settings(Path(out) / "checkpoints", per_device_train_batch_size=2, use_cpu=True)
-    found = losses(train(model, tokenizer, rows, held_out, arguments, {}))
+    found = losses(train_on(model, tokenizer, rows, held_out, arguments))
     Path(out, f"{arguments.process_index}-of-{arguments.world_size}.json").write_text(json.dumps(found))
 
 

@@ -75,7 +75,7 @@ class Witness(NamedTuple):
 
 
 @torch.no_grad()
-def testify(model: Any, rows: list[Row], pad: int) -> Witness:
+def witness_of(model: Any, rows: list[Row], pad: int) -> Witness:
     """Run `model` over rows of one dialogue each. LoRA is applied as it is saved, in float32."""
     model.eval()
     head, hidden, targets, places = head_of(model), [], [], []
@@ -177,7 +177,7 @@ def judge(
 
     try:
         model = load_merged(folder, dtype, device)
-        found = testify(model, rows, pad)
+        found = witness_of(model, rows, pad)
         certificate, nats = certify(trained, found, quantised, device)
         few = found.rows < CHAT_ROWS
         certificate |= certify_chat(model, rows[:CHAT_ROWS], nats[few].double().sum().item(), int(few.sum()))
