@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from dialogue.chat import commands, terminal
+from dialogue.chat import commands, session, terminal
 from dialogue.chat.conversation import Stats
 from dialogue.errors import UserError
 
@@ -17,7 +17,7 @@ letters = st.text(alphabet="abc  \n\t你好👋🏽é,", max_size=12)
 
 
 def lay(pieces, width, column=0):
-    wrap = terminal.Wrap(lambda: width, column)
+    wrap = session.Wrap(lambda: width, column)
     return "".join(wrap.add(piece) for piece in pieces) + wrap.rest()
 
 
@@ -35,14 +35,14 @@ def test_words_stay_whole():
     assert lay(["bot says hi"], 10, column=5) == "bot \nsays hi"
     assert lay("abcdefghijklmno", 8) == "abcdefg\nhijklmn\no"
     assert lay("你好你好你好", 8) == "你好你\n好你好"
-    wrap = terminal.Wrap(lambda: 40, 0)
+    wrap = session.Wrap(lambda: 40, 0)
     assert wrap.add("half a wo") == "half a ", "a word waits until it ends"
     assert wrap.add("rd 你好") == "word 你"
 
 
 def test_a_resized_terminal_is_noticed():
     width = 40
-    wrap = terminal.Wrap(lambda: width, 0)
+    wrap = session.Wrap(lambda: width, 0)
     assert wrap.add("one two ") == "one two "
     width = 10
     assert wrap.add("three four ") == "\nthree \nfour "
@@ -102,7 +102,7 @@ def test_history_is_kept_where_it_can_be(tmp_path, monkeypatch):
 def test_a_wrong_command_explains_itself_and_changes_nothing(line, said):
     loading = terminal.in_background(lambda: None)
     loading.result()
-    chat = terminal.Chat(loading, print, {"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9}, {}, "on")
+    chat = session.Chat(loading, print, {"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9}, {}, "on")
     with pytest.raises(UserError, match=said):
         commands.run(chat, line)
     assert chat.chosen == {}
@@ -110,7 +110,7 @@ def test_a_wrong_command_explains_itself_and_changes_nothing(line, said):
 
 def test_plain_text_without_colours(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    chat = terminal.Chat(terminal.in_background(lambda: None), print, {}, {}, "on")
+    chat = session.Chat(terminal.in_background(lambda: None), print, {}, {}, "on")
     chat.note("nothing but text [red]here[/red]")
     commands.show_help(chat, "")
     assert not chat.rich and "\x1b" not in sys.stdout.getvalue()

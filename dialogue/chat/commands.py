@@ -14,7 +14,7 @@ from dialogue.errors import UserError
 from dialogue.plaintext import plain
 
 if TYPE_CHECKING:
-    from dialogue.chat.terminal import Chat
+    from dialogue.chat.session import Chat
 
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
 WHOLE_NUMBERS = ("max_t", "top_k", "seed")  # the other settings are any numbers
