@@ -33,7 +33,10 @@ def home(merged, tmp_path, monkeypatch):  # noqa: F811
 
 def run(capsys, *flags):
     """(exit code, standard output, standard error) of main.py, in this process: a new one costs seconds."""
-    code = exit_code(lambda: chat.main(list(flags)))
+    try:
+        code = exit_code(lambda: chat.main(list(flags)))
+    except SystemExit as end:
+        code = end.code
     return code, *capsys.readouterr()
 
 
@@ -43,9 +46,9 @@ def run(capsys, *flags):
 def test_a_pipe_gets_replies_only_and_a_merged_model_costs_no_peft(home):
     """The real thing once: a process of its own, between pipes, given bytes that are no text."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import main\n"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import main; from dialogue.errors import exit_code\n"
         "light = not {'torch', 'transformers'} & set(sys.modules)\n"
-        "main.main(sys.argv[1:])\n"
+        "assert exit_code(lambda: main.main(sys.argv[1:])) == 0\n"
         "print(light, sorted({'peft', 'datasets', 'bitsandbytes'} & set(sys.modules)), file=sys.stderr)"
     )
     flags = ["--max_t", "4", "--temp", "0", "--stats", "json"]
@@ -107,6 +110,9 @@ def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):  #
         (["--model", "nowhere"], "nowhere cannot be loaded"),
         (["--model", "./nowhere"], r"no model in \./nowhere/: train one first"),
         (["--model", "."], "no model in"),
+        (["--model", ""], "--model is empty"),
+        (["--model", "gpt2-dialogue-full/config.json"], "config.json is a file: --model takes the folder"),
+        (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "long " * 200], "make it shorter"),
     ],
 )
@@ -211,6 +217,56 @@ def test_a_conversation_on_a_terminal(home):
     assert stopped[0]["content"] == "talk on and on" and stopped[1]["content"]
     history = (home / "state/gpt2-dialogue/history").read_text()
     assert "+Hello you" in history and "+two\n+lines" in history
+
+
+def test_what_people_type(home):
+    """The first line; a message that was typed too early; type-ahead; pastes; the ways to leave."""
+    (home / "gpt2-dialogue-full/run.json").write_text(
+        json.dumps({"facts": {"base model": "gpt2-xl", "date": "2026-11-25"}})
+    )
+    talk = Terminal("--max_t", "5", "--temp", "0")
+    talk.expect("gpt2-dialogue-full, trained from gpt2-xl on 2026-11-25")
+    talk.expect("you>")
+    talk.type("are you there?", "loading the model")
+    talk.sendintr()
+    talk.expect("stopped")
+    talk.expect("you> are you there")  # the message is kept
+    talk.type("", "bot> ", "5 tokens, ")
+
+    talk.send("one\ntwo\n\nfour\r")  # pasted into a terminal without brackets
+    talk.expect("5 tokens, ")
+    talk.type('"""')
+    talk.type("/help is no command here")
+    talk.type('"""', "bot> ", "5 tokens, ")
+    talk.type("/save said.json", "saved to said.json")
+    said = [message["content"] for message in json.loads((home / "said.json").read_text())[::2]]
+    assert said == ["are you there?", "one\ntwo\n\nfour", "/help is no command here"]
+    talk.type("/reset", "a new conversation")
+
+    talk.type("/set max_t 60", "max_t = 60")
+    talk.type("talk on", "bot> ", "2 tokens, ")
+    talk.send("typed ahead")
+    talk.expect("60 tokens, ")
+    assert "typed" not in talk.before, "what was typed stands in the reply"
+    talk.expect("you>")
+    talk.expect("typed ahead")
+    talk.type("", "bot> ")
+    talk.type("QUIT", "Bye")
+    talk.leaves(0)
+
+
+def test_ctrl_z_suspends_at_the_prompt(home):
+    shell = pexpect.spawn("bash", ["--norc", "-i"], encoding="utf-8", timeout=30, env={**os.environ, "PS1": "shell$ "})
+    shell.sendline(f"{sys.executable} {MAIN}")
+    shell.expect("you>")
+    shell.send("\x1a")
+    shell.expect("Stopped")
+    shell.sendline("fg")
+    shell.expect("you>")
+    shell.send("exit\r")
+    shell.expect("Bye")
+    shell.sendline("exit")
+    shell.expect(pexpect.EOF)
 
 
 def test_plain_text_where_colours_are_not_wanted(home):

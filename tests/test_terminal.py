@@ -2,11 +2,14 @@
 
 import io
 import os
+import shutil
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 from rich.cells import cell_len
 
 from dialogue.chat import commands, session, terminal
@@ -59,6 +62,8 @@ def answer(messages, stats="on"):
     heard = []
 
     def generate(message, conversation, on_text, **chosen):
+        if message == "long":
+            raise UserError("make it shorter")
         heard.append((message, chosen))
         on_text(f"re: {message}")
 
@@ -75,6 +80,27 @@ def test_replies_go_to_standard_output_and_the_rest_does_not(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_message_that_fails_takes_no_other_with_it(capsys):
+    with pytest.raises(SystemExit) as end:
+        answer(["Hi", "", "long", "you", "long", "again"], "off")
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "re: Hi\nre: you\nre: again\n"
+    assert err == "error: message 2: make it shorter\nerror: message 4: make it shorter\n"
+
+
+def test_no_message_costs_no_model():
+    for messages in ([], ["\n", " "]):
+        with pytest.raises(UserError, match="no message to answer"):
+            terminal.answer(messages, lambda: pytest.fail("a model is loaded"), print, {}, "on")
+    terminal.answer(["exit", "never"], lambda: pytest.fail("a model is loaded"), print, {}, "on")
+
+
+def test_a_reply_is_one_line(capsys):
+    terminal.answer(["Hi"], Replies, lambda *_, on_text, **__: on_text("one\ntwo\u2028three"), {}, "off")
+    assert capsys.readouterr().out == "one two three\n"
+
+
 def test_a_reader_who_leaves_is_no_error(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
@@ -83,13 +109,49 @@ def test_a_reader_who_leaves_is_no_error(monkeypatch):
         assert answer(["Hi", "again"]) == [("Hi", {"temp": 0})]
 
 
-def test_history_is_kept_where_it_can_be(tmp_path, monkeypatch):
+def test_history_is_kept_for_its_owner_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    terminal._history().append_string("hello")
-    assert list(terminal._history().load_history_strings()) == ["hello"]
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    terminal._history().append_string("hello")
+    file = tmp_path / "gpt2-dialogue/history"
+    file.parent.mkdir()
+    file.touch(0o644)
+    terminal.open_history().append_string("hello \udc80")
+    assert list(terminal.open_history().load_history_strings()) == ["hello ?"]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("way", ["full disk", "vanished folder", "a file in its place", "a folder in its place"])
+def test_history_goes_on_in_memory_and_says_so_once(way, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    if way == "a file in its place":
+        (tmp_path / "gpt2-dialogue").touch()
+    if way == "a folder in its place":
+        (tmp_path / "gpt2-dialogue/history").mkdir(parents=True)
+    history = terminal.open_history()
+    if way == "full disk":
+        history.filename = "/dev/full"
+    if way == "vanished folder":
+        shutil.rmtree(tmp_path / "gpt2-dialogue")
+    assert list(history.load_history_strings()) == []
+    history.append_string("hello")
+    assert history.problem and history.get_strings() == ["hello"]
+    history.problem = ""
+    history.append_string("again")
+    assert history.problem == "" and history.get_strings() == ["hello", "again"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("/he", ["/help"]), ("/SE", ["/set"]), ("/set te", ["/set temp"]), ("/load ta", ["lk.json"]),
+     ("/save sub/x", ["y"]), ("hello ta", []), ("/why ta", [])],
+)  # fmt: skip
+def test_completion(typed, offered, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talk.json").touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/xy").touch()
+    completer = terminal._Completer(["/help", "/set", "/set temp", "/save", "/load"])
+    found = list(completer.get_completions(Document(typed), CompleteEvent(completion_requested=True)))
+    assert [each.text for each in found] == offered
 
 
 @pytest.mark.parametrize(
@@ -106,6 +168,34 @@ def test_a_wrong_command_explains_itself_and_changes_nothing(line, said):
     with pytest.raises(UserError, match=said):
         commands.run(chat, line)
     assert chat.chosen == {}
+
+
+def chat_of(settings, shown=None):
+    loading = terminal.in_background(lambda: None)
+    loading.result()
+    return session.Chat(loading, print, settings, {}, "on")
+
+
+@pytest.mark.parametrize("line", ["/set temp 0.5", "/SET Temp=0.5", "/set temp = 0.5", "temp=0.5", " TEMP = 0.5"])
+def test_settings_are_understood_as_people_type_them(line, capsys):
+    chat = chat_of({"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9})
+    commands.run(chat, commands.find(line, chat.settings()))
+    assert chat.chosen == {"temp": 0.5}
+    commands.run(chat, "/set temp")
+    commands.run(chat, "/set max_t")
+    assert capsys.readouterr().out == "temp = 0.5\ntemp = 0.5\nmax_t = 50\n"
+
+
+def test_what_is_a_command():
+    for line in ("//slash", "hello", "a=b", "temperature=3", "= 5", ""):
+        assert commands.find(line, ("temp",)) is None
+    assert commands.find("/Reset", ()) == "/Reset"
+
+
+def test_other_names_of_commands(capsys):
+    for line in ("/?", "/HELP", "/Help "):
+        commands.run(chat_of({}), line)
+        assert "/reset" in capsys.readouterr().out
 
 
 def test_plain_text_without_colours(monkeypatch):

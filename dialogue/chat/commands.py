@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dialogue.chat.session import Chat
 
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
+LEAVE = ("exit", "quit", "bye", "/exit", "/quit", "/bye", "/q")
 WHOLE_NUMBERS = ("max_t", "top_k", "seed")  # the other settings are any numbers
 
 
@@ -30,15 +31,24 @@ def command(usage: str) -> Callable:
     return enter
 
 
+def find(line: str, settings: Collection[str]) -> str | None:
+    """The command that a line is; None for a message. `temp=0.5` stands for `/set temp=0.5`."""
+    name, sign, _ = line.partition("=")
+    if sign and name.strip().lower() in (*settings, "seed"):
+        return f"/set {line}"
+    return line if line.startswith("/") and not line.startswith("//") else None
+
+
 def run(chat: "Chat", line: str) -> None:
     """Carry out a line that starts with "/"."""
-    name, _, rest = line.partition(" ")
-    if name not in COMMANDS:
+    name, *rest = line.split(maxsplit=1)
+    known = "/help" if name == "/?" else name.lower()
+    if known not in COMMANDS:
         raise UserError(f"there is no command {plain(name)}: /help lists them; // sends a message that starts with /")
-    usage, function = COMMANDS[name]
-    if bool(rest.strip()) != (" " in usage):
+    usage, function = COMMANDS[known]
+    if bool(rest) != (" " in usage):
         raise UserError(f"it is typed {usage}")
-    function(chat, rest.strip())
+    function(chat, rest[0].strip() if rest else "")
 
 
 @command("/help")
@@ -87,10 +97,13 @@ def undo(chat: "Chat", rest: str) -> None:
 @command("/set NAME VALUE")
 def set_value(chat: "Chat", rest: str) -> None:
     """change max_t, temp, top_k, top_p, min_p, repetition_penalty or seed"""
-    name, _, text = rest.partition(" ")
-    settings = chat.settings()
+    name, _, text = re.sub(r"\s*=\s*|\s+", " ", rest).partition(" ")
+    name, settings = name.lower(), chat.settings()
     if name not in (*settings, "seed"):
         raise UserError(f"there is no setting {plain(name)}: choose {', '.join(settings)} or seed")
+    if not text:
+        chat.note(f"{name} = {chat.conversation.seed if name == 'seed' else settings[name]}")
+        return
     kind: Any = int if name in WHOLE_NUMBERS else float
     try:
         value = kind(text)

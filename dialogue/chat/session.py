@@ -14,6 +14,8 @@ from prompt_toolkit.formatted_text import AnyFormattedText
 from rich.cells import cell_len
 from rich.console import Console
 
+from dialogue.errors import handled
+
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
     from dialogue.chat.conversation import Conversation, Stats
@@ -122,11 +124,8 @@ def interruptible() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stopped.set()
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
+    with handled(on_interrupt, signal.SIGINT):
         yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 class Wrap:
