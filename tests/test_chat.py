@@ -231,13 +231,14 @@ def test_what_people_type(home):
     talk.sendintr()
     talk.expect("stopped")
     talk.expect("you> are you there")  # the message is kept
-    talk.type("", "bot> ", "5 tokens, ")
+    talk.type("", "bot> ", "5 tokens, .* s, ", "you>")
 
     talk.send("one\ntwo\n\nfour\r")  # pasted into a terminal without brackets
-    talk.expect("5 tokens, ")
+    talk.expect("5 tokens, .* s, ")
+    talk.expect("you>")
     talk.type('"""')
     talk.type("/help is no command here")
-    talk.type('"""', "bot> ", "5 tokens, ")
+    talk.type('"""', "bot> ", "5 tokens, .* s, ", "you>")
     talk.type("/save said.json", "saved to said.json")
     said = [message["content"] for message in json.loads((home / "said.json").read_text())[::2]]
     assert said == ["are you there?", "one\ntwo\n\nfour", "/help is no command here"]
