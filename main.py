@@ -9,7 +9,6 @@ Edit a default of `generate_text` to change the chat; a flag changes it for one 
 
 import functools
 import inspect
-import json
 import os
 import sys
 import warnings
@@ -154,18 +153,18 @@ def find_model(name: str) -> None:
 def fitted(model: str) -> dict[str, Any]:
     """Settings from the model's generation_config.json, as far as it has them."""
     names = {"temperature": "temp", "max_new_tokens": "max_t"}
-    try:
-        values = json.loads(Path(model, "generation_config.json").read_text(encoding="utf-8"))
-        found = {names.get(name, name): value for name, value in values.items() if value is not None}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--sampler fitted needs a readable {model}/generation_config.json") from error
+    values = storage.read_json(Path(model, "generation_config.json"), {})
+    found = {names.get(name, name): value for name, value in values.items() if value is not None}
+    for name in found.keys() & SETTINGS.keys():
+        if not isinstance(found[name], int | float):
+            raise UserError(f"{model}/generation_config.json: {name} must be a number, not {found[name]!r}")
     return {name: found[name] for name in SETTINGS if name in found}
 
 
 def described(model: str) -> str:
     """What stands above a conversation: the model, what it was trained from, and when, where its run says so."""
-    facts = storage.read_json(Path(model, storage.RUN_FILE)).get("facts") or {}
-    base, date = (plain(str(facts.get(name, ""))) for name in ("base model", "date"))
+    facts = storage.read_json(Path(model, storage.RUN_FILE)).get("facts")
+    base, date = (plain(str(facts.get(name, ""))) if isinstance(facts, dict) else "" for name in ("base model", "date"))
     return plain(model) + (f", trained from {base}" if base else "") + (f" on {date}" if date else "")
 
 

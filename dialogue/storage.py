@@ -117,12 +117,9 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
     if not os.path.lexists(folder / MANIFEST):
         return None
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    try:
-        files = json.loads(text)
-        if text != _as_json(files):
+        files = read_json(folder / MANIFEST, {str: {"size": int, "sha256": str}})
+        name = MANIFEST
+        if (folder / MANIFEST).read_text(encoding="utf-8") != _as_json(files):
             return f"{MANIFEST} is damaged"
         for name, said in files.items():
             path = folder / name
@@ -133,7 +130,7 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
                 return f"{name} is not what was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UserError, ValueError):
         return f"{MANIFEST} is damaged"
     return None
 
@@ -227,9 +224,50 @@ def _as_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
-def read_json(path: Path) -> Any:
-    """The JSON in a file, {} where there is none or it is not one."""
+def read_json(path: Path, shape: Any = None) -> Any:
+    """The JSON in a file, of a shape that `_wrong` knows. Raises UserError for a file that is not so.
+
+    Without a shape: an object, and {} where there is none.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
+        content = json.loads(path.read_text(encoding="utf-8"))
+        problem = _wrong(content, {} if shape is None else shape)
+    except OSError as error:
+        problem = str(error.strerror or error)
+    except (ValueError, RecursionError):
+        problem = "it is not JSON"
+    if problem and shape is not None:
+        raise UserError(f"{path} is not as it was written: {problem}; write it again, or move it away")
+    return {} if problem else content
+
+
+def _wrong(content: Any, shape: Any, name: str = "its content") -> str | None:
+    """What is missing or of another type than in `shape`, in words.
+
+    A shape is a type, `[shape]` of a list's items, {"name": shape} of what an object must have, or {str: shape} of all
+    that it has.
+    """
+    if isinstance(shape, dict) and isinstance(content, dict):
+        inner = [(key, content.get(key), each) for key, each in shape.items() if key is not str]
+        inner += [(key, each, shape[str]) for key, each in content.items() if str in shape]
+    elif isinstance(shape, list) and isinstance(content, list):
+        inner = [(f"{name}[{place}]", each, shape[0]) for place, each in enumerate(content)]
+    else:
+        fits = not isinstance(shape, dict | list) and isinstance(content, shape)
+        return None if fits else f"{name} is missing, or of the wrong type"
+    return next(filter(None, (_wrong(each, kind, key) for key, each, kind in inner)), None)
+
+
+def write_private(path: Path, content: Any) -> None:
+    """Write JSON that the owner alone can read; the file is the old one or the new one, never half of it.
+
+    A link is followed. Raises OSError.
+    """
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.name[:200]}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(_as_json(content))
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)

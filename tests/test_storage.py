@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 
 from dialogue.errors import UserError
-from dialogue.storage import MANIFEST, RUN_FILE, check_apart, check_free, check_space, damage, recover, whole_folder
+from dialogue.storage import (
+    MANIFEST,
+    RUN_FILE,
+    check_apart,
+    check_free,
+    check_space,
+    damage,
+    read_json,
+    recover,
+    whole_folder,
+    write_private,
+)
 
 
 def names(folder):
@@ -134,3 +145,45 @@ def test_folders_of_a_run_lie_apart(tmp_path):
     for first, second in (("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a", "c/../a")):
         with pytest.raises(UserError, match="give each its own"):
             check_apart(tmp_path / first, tmp_path / second, tmp_path / "x")
+
+
+SHAPE = {"step": int, "best": int | None, "scores": {str: [int | float]}, "run": {"seed": int}}
+RIGHT = '{"step": 3, "best": null, "scores": {"1": [1, 2.5]}, "run": {"seed": 1, "more": []}, "more": 1}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "No such file"), ("", "not JSON"), ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "its content"),
+     ("null", "its content"), ("3", "its content"), ("{}", "step is missing"), (RIGHT.replace("3", '"3"'), "step"),
+     (RIGHT.replace("null", "1.5"), "best"), (RIGHT.replace("[1, 2.5]", "7"), "1 is missing"),
+     (RIGHT.replace("2.5", "[]"), r"1\[1\]"), (RIGHT.replace('{"seed": 1, ', '{'), "seed"), (b"\xff", "not JSON"),
+     ("9" * 5000, "not JSON")],
+)  # fmt: skip
+def test_json_of_another_shape_is_one_line(text, said, tmp_path):
+    path = tmp_path / "run.json"
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(UserError, match=rf"run\.json is not as it was written: .*{said}"):
+        read_json(path, SHAPE)
+    assert isinstance(read_json(path), dict)
+    path.write_text(RIGHT)
+    assert read_json(path, SHAPE)["run"]["seed"] == 1 == read_json(path)["more"]
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"a.txt": 3}', '{"a.txt": {"size": "3"}}', "[" * 100_000])
+def test_a_manifest_of_another_shape_is_damage(text, tmp_path):
+    target = write_result(tmp_path / "result")
+    (target / MANIFEST).write_text(text)
+    assert damage(target) == f"{MANIFEST} is damaged"
+
+
+def test_a_private_file_is_whole_and_its_owner_s(tmp_path):
+    file = tmp_path / "talk.json"
+    file.write_text("old")
+    file.chmod(0o644)
+    (tmp_path / "link").symlink_to("talk.json")
+    write_private(tmp_path / "link", ["new"])
+    assert read_json(file, [str]) == ["new"] and file.stat().st_mode & 0o777 == 0o600
+    assert names(tmp_path) == ["link", "talk.json"]
+    with pytest.raises(OSError, match="No such"):
+        write_private(tmp_path / "none/talk.json", [])

@@ -159,15 +159,18 @@ def test_completion(typed, offered, tmp_path, monkeypatch):
     [("/nonsense", "no command /nonsense"), ("/", "no command /"), ("/set", "typed /set NAME VALUE"),
      ("/set mood 3", "no setting mood"), ("/set temp hot", "temp must be a number"), ("/set top_k 1.5", "whole number"),
      ("/set top_p 7", "top_p must be"), ("/set max_t 0", "max_t must be"), ("/save", "typed /save FILE"),
-     ("/undo twice", "typed /undo"), ("/load nowhere.json", "could not be read"), ("/load .", "could not be read")],
+     ("/undo twice", "typed /undo"), ("/load nowhere.json", "could not be read"), ("/load .", "is a folder"),
+     ("/save .", "is a folder"), ("/save file.txt", "take another name"), ("/save no/where", "could not be written")],
 )  # fmt: skip
-def test_a_wrong_command_explains_itself_and_changes_nothing(line, said):
+def test_a_wrong_command_explains_itself_and_changes_nothing(line, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("a text")
     loading = terminal.in_background(lambda: None)
     loading.result()
     chat = session.Chat(loading, print, {"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9}, {}, "on")
     with pytest.raises(UserError, match=said):
         commands.run(chat, line)
-    assert chat.chosen == {}
+    assert chat.chosen == {} and (tmp_path / "file.txt").read_text() == "a text"
 
 
 def chat_of(settings, shown=None):
@@ -196,6 +199,23 @@ def test_other_names_of_commands(capsys):
     for line in ("/?", "/HELP", "/Help "):
         commands.run(chat_of({}), line)
         assert "/reset" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 120])
+def test_tables_are_read_at_any_width(width, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setenv("COLUMNS", str(width))
+    chat = chat_of({})
+    rows = [[" hello", "1", "12.5%", "3"], ["\\n", "2", "0.1%", ""]]
+    commands.show_help(chat, "")
+    chat.rows(rows, ("token", "rank", "model", "-top_k"))
+    shown = sys.stdout.getvalue()
+    assert all(cell_len(line) <= width for line in shown.split("\n"))
+    words = " ".join(shown.split())
+    for usage, function in commands.COMMANDS.values():
+        assert usage in words and all(word in words for word in function.__doc__.split())
+    for row in rows:
+        assert all(cell.strip() in words for cell in row), "a cell is cut"
 
 
 def test_plain_text_without_colours(monkeypatch):

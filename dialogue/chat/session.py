@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 from prompt_toolkit.formatted_text import AnyFormattedText
 from rich.cells import cell_len
 from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 from dialogue.errors import handled
 
@@ -63,6 +66,25 @@ class Chat:
     def note(self, text: str) -> None:
         """A line that is neither the person's nor the bot's."""
         self.console.print(text, style="dim", markup=False)
+
+    def rows(self, rows: list[list[str]], titles: Sequence[str] = ()) -> None:
+        """A table; where the terminal is too narrow for one, a line for each row and its cells below."""
+        widths = [max(map(cell_len, column)) for column in zip(*rows, *([titles] if titles else []), strict=True)]
+        if sum(widths[:-1]) + min(widths[-1], 24) + 2 * len(widths) <= self.console.width:
+            table = Table(box=None, show_header=bool(titles), padding=(0, 2, 0, 0))
+            for place, width in enumerate(widths):
+                title = titles[place] if titles else ""
+                numbers = bool(titles and place)
+                table.add_column(title, justify="right" if numbers else "left", min_width=min(width, 24))
+            for row in rows:
+                table.add_row(*map(Text, row))
+            self.console.print(table)
+            return
+        for first, *others in rows:
+            named = zip(titles[1:] or [""] * len(others), others, strict=True)
+            self.console.print(Text(first))
+            cells = Text(", ".join(f"{title} {cell}".strip() for title, cell in named if cell))
+            self.console.print(Padding(cells, (0, 0, 0, 2)))
 
     def prompt(self) -> AnyFormattedText:
         """used/limit, and where to type; before the model is there, just that."""
