@@ -99,37 +99,17 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     parser = Parser(prog="main.py", description=what, allow_abbrev=False)
     add = parser.add_argument
-    add(
-        "--model",
-        default=model_dir,
-        metavar="DIR",
-        help=f"merged model, adapters, or hub name (default: {model_dir})",
-    )
+    add("--model", default=model_dir, metavar="DIR", help=f"merged model, adapters, or hub name (default: {model_dir})")
     add("--prompt", metavar="TEXT", help="print one reply, on one line, and end")
     for name, default in settings().items():
         kind = int if name in WHOLE_NUMBERS else float
         add(f"--{name}", type=kind, metavar="N", help=f"{SETTINGS[name]} (default: {default})")
-    add(
-        "--sampler",
-        choices=("defaults", "fitted"),
-        default="defaults",
-        help="fitted: from generation_config.json",
-    )
+    sources, precisions = ("defaults", "fitted"), ("auto", "float32", "bfloat16", "float16", "int8")
+    add("--sampler", choices=sources, default="defaults", help="fitted: from generation_config.json")
     add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
-    precisions = ("auto", "float32", "bfloat16", "float16", "int8")
-    add(
-        "--precision",
-        choices=precisions,
-        default="auto",
-        help="of the weights; auto: the fastest of full quality",
-    )
-    add(
-        "--stats",
-        choices=("on", "off", "json"),
-        default="on",
-        help="after each reply; json: on standard error",
-    )
-    add("--debug", action="store_true", help="show a traceback for every error")
+    add("--precision", choices=precisions, default="auto", help="of the weights; auto: the fastest of full quality")
+    add("--stats", choices=("on", "off", "json"), default="on", help="after each reply; json: on standard error")
+    add("--debug", action="store_true", help="show the traceback of an error that ends the program")
     return parser.parse_args(argv)
 
 

@@ -1,20 +1,71 @@
-"""Folders that appear whole or not at all, and can be checked; disk space that is looked at beforehand."""
+"""Folders that appear whole or not at all, that one process writes at a time, and can be checked; disk space that
+is looked at beforehand."""
 
+import datetime
+import errno
 import hashlib
-import json
 import math
 import os
 import shutil
+import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from dialogue.errors import UserError
+from dialogue.json_files import as_json, read_json, write_json
 
 RUN_FILE = "run.json"  # stands in every folder that a run wrote, and says how
 MANIFEST = "manifest.json"  # name -> size and sha256 of every file beside it; written last
+
+
+@contextmanager
+def locked(*folders: Path) -> Iterator[None]:
+    """Inside, no other process can lock these folders, by whatever path or link; they need not be there yet.
+
+    The lock of a process that was killed is free. Of several processes of one run, the first locks for all.
+    Raises UserError, which names the process that holds a lock.
+    """
+    from filelock import FileLock, Timeout  # the chat needs none
+
+    with ExitStack() as held:
+        # In one order, so that of two that start together one gets all.
+        for target, folder in sorted({Path(os.path.realpath(folder)): folder for folder in folders}.items()):
+            file = target.parent / f".{target.name}.lock"
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(file, timeout=0))
+            except Timeout as error:
+                raise UserError(
+                    f"{folder} is being written by {_holder(file)}: wait until it has ended, or choose another folder"
+                ) from error
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+            held.callback(_unlink, file)  # before it is released: whoever waits for this very file tries again
+            with suppress(OSError):  # Windows lets nobody write to a locked file
+                now = datetime.datetime.now().isoformat(" ", "seconds")
+                write_json(file, {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
+        yield
+
+
+def _unlink(file: Path) -> None:
+    with suppress(OSError):  # on Windows filelock does it
+        file.unlink()
+
+
+def _holder(file: Path) -> str:
+    """The process that holds a lock, in words."""
+    for _ in range(20):
+        with suppress(UserError, ProcessLookupError):
+            said = read_json(file, {"pid": int, "host": str, "since": str})
+            here = said["host"] == socket.gethostname()
+            with suppress(PermissionError):  # another user's
+                os.kill(said["pid"] if here else os.getpid(), 0)
+            return f"process {said['pid']}{'' if here else ' on ' + said['host']}, started {said['since']}"
+        time.sleep(0.05)  # the file is new, or names one that was killed: the holder is about to write its name
+    return "another process"
 
 
 @contextmanager
@@ -105,6 +156,9 @@ def seal(folder: Path) -> None:
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         _sync(path)
     write_json(folder / MANIFEST, files)
+    mode = (folder / MANIFEST).stat().st_mode
+    for name in files:
+        (folder / name).chmod(mode)  # safetensors writes files that their owner alone can read
     for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _sync(path)
 
@@ -119,7 +173,7 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
     try:
         files = read_json(folder / MANIFEST, {str: {"size": int, "sha256": str}})
         name = MANIFEST
-        if (folder / MANIFEST).read_text(encoding="utf-8") != _as_json(files):
+        if (folder / MANIFEST).read_text(encoding="utf-8") != as_json(files):
             return f"{MANIFEST} is damaged"
         for name, said in files.items():
             path = folder / name
@@ -150,6 +204,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some file systems cannot do it with a folder
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 
@@ -180,6 +237,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
             if os.path.islink(folder) or not parent.is_dir() or not os.access(parent, os.W_OK):
                 raise UserError(f"{folder} cannot be created: no permission to write there, or no folder above it")
             return
+        if os.path.ismount(os.path.realpath(folder)):
+            raise UserError(f"{folder} is a mount point, which cannot be replaced: choose a folder inside it")
         if not any(folder.iterdir()):
             return
         is_result = (folder / RUN_FILE).is_file()
@@ -213,61 +272,3 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, in the order of its keys."""
-    path.write_text(_as_json(content), encoding="utf-8")
-
-
-def _as_json(content: Any) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
-
-
-def read_json(path: Path, shape: Any = None) -> Any:
-    """The JSON in a file, of a shape that `_wrong` knows. Raises UserError for a file that is not so.
-
-    Without a shape: an object, and {} where there is none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        problem = _wrong(content, {} if shape is None else shape)
-    except OSError as error:
-        problem = str(error.strerror or error)
-    except (ValueError, RecursionError):
-        problem = "it is not JSON"
-    if problem and shape is not None:
-        raise UserError(f"{path} is not as it was written: {problem}; write it again, or move it away")
-    return {} if problem else content
-
-
-def _wrong(content: Any, shape: Any, name: str = "its content") -> str | None:
-    """What is missing or of another type than in `shape`, in words.
-
-    A shape is a type, `[shape]` of a list's items, {"name": shape} of what an object must have, or {str: shape} of all
-    that it has.
-    """
-    if isinstance(shape, dict) and isinstance(content, dict):
-        inner = [(key, content.get(key), each) for key, each in shape.items() if key is not str]
-        inner += [(key, each, shape[str]) for key, each in content.items() if str in shape]
-    elif isinstance(shape, list) and isinstance(content, list):
-        inner = [(f"{name}[{place}]", each, shape[0]) for place, each in enumerate(content)]
-    else:
-        fits = not isinstance(shape, dict | list) and isinstance(content, shape)
-        return None if fits else f"{name} is missing, or of the wrong type"
-    return next(filter(None, (_wrong(each, kind, key) for key, each, kind in inner)), None)
-
-
-def write_private(path: Path, content: Any) -> None:
-    """Write JSON that the owner alone can read; the file is the old one or the new one, never half of it.
-
-    A link is followed. Raises OSError.
-    """
-    target = Path(os.path.realpath(path))
-    beside = target.with_name(f".{target.name[:200]}.{os.getpid()}")
-    try:
-        with open(beside, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(_as_json(content))
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -7,7 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
+import threading
+import time
 from pathlib import Path
 
 import pexpect
@@ -135,6 +138,64 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
         exit_code(lambda: chat.main([]), debug=True)
+
+
+def test_in_a_thread_as_in_a_notebook(home, capsys):
+    """Handlers of signals belong to the main thread; without them all else works."""
+    done = []
+    flags = ("--prompt", "Hi", "--max_t", "3", "--stats", "off")
+    thread = threading.Thread(target=lambda: done.append(exit_code(lambda: chat.main(list(flags)))))
+    thread.start()
+    thread.join()
+    assert done == [0] and capsys.readouterr().out
+
+
+def test_a_code_page_that_lacks_a_character_is_no_error(home):
+    """As a redirected output on Windows, whose encoding is the code page's."""
+    code = "import sys; from dialogue.errors import UserError, exit_code\n"
+    code += "def run():\n print('\u4f60 ok'); raise UserError('\u4f60')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nsys.exit(exit_code(run))"], capture_output=True, cwd=MAIN.parent,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"}, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"? ok\n", b"error: ?\n")
+
+
+@pytest.mark.parametrize("way", ["noted", "at once", "ignored"])
+def test_a_closed_terminal_ends_in_good_order(way):
+    """SIGHUP is handled as SIGTERM is, and what is written then to the lost terminal is no error; `nohup` stays."""
+    code = f"""
+import signal, sys, time
+if {way == "ignored"}:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from dialogue.errors import Signals, exit_code
+file = open(sys.argv[1], "w")
+def run():
+    signals = Signals()
+    def work():
+        print("ready", flush=True)
+        while not signals.number and {way != "ignored"}:
+            time.sleep(0.02)
+        if {way == "ignored"}:
+            signal.raise_signal(signal.SIGHUP)
+        print("saving", flush=True)
+        print("saved", file=file, flush=True)
+    if {way == "at once"}:
+        try:
+            work()
+        finally:
+            print("saved", file=file, flush=True)
+    with signals.noted():
+        work()
+print(exit_code(run), file=file, flush=True)
+"""
+    with tempfile.NamedTemporaryFile("r") as said:
+        shell = pexpect.spawn(sys.executable, ["-c", code, said.name], cwd=str(MAIN.parent), timeout=30)
+        shell.expect("ready")
+        shell.close(force=False) if way != "ignored" else shell.expect(pexpect.EOF)
+        shell.wait() if shell.isalive() else None
+        deadline = [line for _ in range(200) if (line := said.read()) or time.sleep(0.05)]
+        assert "".join(deadline).split() == ["saved", "129" if way == "at once" else "0"]
 
 
 # ---- On a terminal -----------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dialogue.errors import UserError
+from dialogue.json_files import write_private
 from dialogue.plaintext import plain
-from dialogue.storage import write_private
 
 if TYPE_CHECKING:
     from dialogue.chat.session import Chat

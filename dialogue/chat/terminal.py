@@ -74,14 +74,14 @@ def _write_in_line(piece: str) -> None:
 
 
 def chat(
-    start: Callable[[], "Conversation"],
+    start: "Callable[[], Conversation]",
     generate: Callable[..., str],
     defaults: dict,
     chosen: dict,
     stats: str,
-    title: str,
+    top: str,
 ) -> None:
-    """The conversation on a terminal, until `exit` or end of file. `title` says which model it is with."""
+    """The conversation on a terminal, until `exit` or end of file. `top` says which model it is with."""
     loading = in_background(start)
     this, history = Chat(loading, generate, defaults, chosen, stats), open_history()
     session: PromptSession = PromptSession(
@@ -96,7 +96,7 @@ def chat(
     loading.add_done_callback(lambda _: _refresh(session, loading))
     try:
         with handled(lambda number, _: sys.exit(128 + number), *ENDINGS), _unseen():
-            this.note(f"{title}\nType a message; /help lists commands, exit leaves.")
+            this.note(f"{top}\nType a message; /help lists commands, exit leaves.")
             draft = ""
             while (line := _ask(session, this, draft)).lower() not in commands.LEAVE:
                 if history.problem:
