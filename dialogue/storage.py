@@ -93,9 +93,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def put_in_place(written: Path, target: Path) -> None:
     """Seal the folder `written` and let it take the place of `target`, on the same disk."""
     seal(written)
-    if target.exists():
-        target.rename(_old(target))
-    written.rename(target)
+    while written.exists():
+        if target.exists():
+            target.rename(_old(target))
+        try:
+            written.rename(target)
+        except OSError:
+            if not target.exists():  # else a chat that started between the two renames has called `recover`
+                raise
     _sync(target.parent)
     recover(target)
 

@@ -140,6 +140,15 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
         exit_code(lambda: chat.main([]), debug=True)
 
 
+def test_a_long_saved_conversation_costs_its_newest_turns_only(home):
+    talk = chat.start_conversation("gpt2-dialogue-full")
+    turn, tokenized = talk._turn, []
+    talk._turn = lambda index, text: tokenized.append(index) or turn(index, text)
+    talk.restore([{"role": ("user", "assistant")[i % 2], "content": f"this is turn {i}"} for i in range(4000)])
+    assert talk.turns and talk.forgotten == 4000 - len(talk.turns)
+    assert talk.text(-1) == "this is turn 3999" and len(tokenized) < 100
+
+
 def test_in_a_thread_as_in_a_notebook(home, capsys):
     """Handlers of signals belong to the main thread; without them all else works."""
     done = []
@@ -248,7 +257,7 @@ def test_a_conversation_on_a_terminal(home):
     talk.type("/save talk.json", "saved to talk.json")
     talk.type("/undo", "taken back: Hello you")
     talk.type("/retry", "no message to answer")
-    talk.type("/load talk.json", "2 turns loaded")
+    talk.type("/load talk.json", "2 turns loaded", "you> Hello you", "bot> ")
     talk.type("/context", "<USER>Hello you<END>", "<BOT>")
     talk.type("/nonsense", "no command /nonsense")
     talk.type("//slash", "bot> ", "5 tokens, ")

@@ -100,6 +100,22 @@ def test_a_replacement_that_was_cut_is_recovered(moment, tmp_path, monkeypatch):
     assert ".result.old" not in names(tmp_path)
 
 
+def test_a_chat_that_starts_in_the_middle_of_a_replacement_does_not_undo_it(tmp_path, monkeypatch):
+    target = write_result(tmp_path / "result")
+    rename, restored = Path.rename, []
+
+    def then_a_chat_starts(path, to):
+        rename(path, to)
+        if path == target and not restored:
+            restored.append(path)
+            recover(target)
+
+    monkeypatch.setattr(Path, "rename", then_a_chat_starts)
+    write_result(target, "new")
+    assert restored and (target / "a.txt").read_text() == "new" and not damage(target)
+    assert names(tmp_path) == ["result"]
+
+
 @pytest.mark.parametrize(
     "harm", [lambda data: data[:-1], lambda data: b"", lambda data: bytes([data[0] ^ 1]) + data[1:]]
 )

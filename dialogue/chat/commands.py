@@ -186,6 +186,7 @@ def load(chat: "Chat", rest: str) -> None:
     chat.conversation.restore(messages)
     chat.note(f"{len(chat.conversation.turns)} turns loaded")
     chat.announce_forgotten()
+    chat.show_turns(4)
 
 
 def read_messages(path: Path) -> Any:

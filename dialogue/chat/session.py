@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dialogue.errors import handled
+from dialogue.plaintext import plain
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
@@ -125,6 +126,13 @@ class Chat:
             print(figures(conversation.stats, "json"), file=sys.stderr)
         elif conversation.stats and self.stats == "on":
             self.note(figures(conversation.stats, "on"))
+
+    def show_turns(self, most: int) -> None:
+        """The newest turns again, as they were shown when they were said."""
+        talk = self.conversation
+        for index in range(max(0, len(talk.turns) - most), len(talk.turns)):
+            self.console.print("bot> " if index % 2 else "you> ", end="", style="bold" if index % 2 else None)
+            self.console.print(Text(plain(talk.text(index))))
 
     def announce_forgotten(self) -> None:
         if self.conversation.forgotten:
