@@ -255,6 +255,7 @@ def test_a_conversation_on_a_terminal(home):
     talk.type("/show", r"max_t +5", r"temp +0\.0", r"top_k +40 +default", r"seed +5", r"context +\d+/96")
     talk.type("/retry", "bot> ", "5 tokens, ")
     talk.type("/save talk.json", "saved to talk.json")
+    talk.type("/save no/where", "could not be written")
     talk.type("/undo", "taken back: Hello you")
     talk.type("/retry", "no message to answer")
     talk.type("/load talk.json", "2 turns loaded", "you> Hello you", "bot> ")
