@@ -2,15 +2,13 @@
 
     python main.py                       a conversation; `exit` quits, `/help` lists the commands
     python main.py --prompt "Hi"         one reply
-    echo Hi | python main.py             a reply for each line
+    echo Hi | python main.py             a line of reply for each line; 2 is the exit code where one had none
 
 Edit a default of `generate_text` to change the chat; a flag changes it for one run.
 """
 
 import functools
 import inspect
-import io
-import json
 import os
 import sys
 import warnings
@@ -24,6 +22,7 @@ from dialogue import storage
 from dialogue.chat import terminal
 from dialogue.chat.commands import WHOLE_NUMBERS
 from dialogue.errors import Parser, UserError, exit_code
+from dialogue.plaintext import plain
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
@@ -94,49 +93,37 @@ def _load(model: str, precision: str) -> "Model":
 
 def parse(argv: list[str] | None) -> Namespace:
     """Flags; a setting that was not given is None."""
-    parser = Parser(prog="main.py", description="Chat with the fine-tuned model.", allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--model",
-        default=model_dir,
-        metavar="DIR",
-        help=f"merged model, adapters, or hub name (default: {model_dir})",
+    what = (
+        "Chat with the fine-tuned model. Through a pipe, each line gets one line of reply: a newline in a reply "
+        "becomes a space. The exit code is 2 where a line had no reply."
     )
-    add("--prompt", metavar="TEXT", help="print one reply and end")
+    parser = Parser(prog="main.py", description=what, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default=model_dir, metavar="DIR", help=f"merged model, adapters, or hub name (default: {model_dir})")
+    add("--prompt", metavar="TEXT", help="print one reply, on one line, and end")
     for name, default in settings().items():
         kind = int if name in WHOLE_NUMBERS else float
         add(f"--{name}", type=kind, metavar="N", help=f"{SETTINGS[name]} (default: {default})")
-    add(
-        "--sampler",
-        choices=("defaults", "fitted"),
-        default="defaults",
-        help="fitted: from generation_config.json",
-    )
+    sources, precisions = ("defaults", "fitted"), ("auto", "float32", "bfloat16", "float16", "int8")
+    add("--sampler", choices=sources, default="defaults", help="fitted: from generation_config.json")
     add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
-    precisions = ("auto", "float32", "bfloat16", "float16", "int8")
-    add(
-        "--precision",
-        choices=precisions,
-        default="auto",
-        help="of the weights; auto: the fastest of full quality",
-    )
-    add(
-        "--stats",
-        choices=("on", "off", "json"),
-        default="on",
-        help="after each reply; json: on standard error",
-    )
-    add("--debug", action="store_true", help="show a traceback for every error")
+    add("--precision", choices=precisions, default="auto", help="of the weights; auto: the fastest of full quality")
+    add("--stats", choices=("on", "off", "json"), default="on", help="after each reply; json: on standard error")
+    add("--debug", action="store_true", help="show the traceback of an error that ends the program")
     return parser.parse_args(argv)
 
 
 def find_model(name: str) -> None:
     """Raises UserError for what is no model's folder, and cannot be a name on the hub."""
+    if not name.strip():
+        raise UserError(f"--model is empty: give a folder, for example {model_dir}")
     folder = Path(name)
+    if os.path.isfile(folder):
+        raise UserError(f"{name} is a file: --model takes the folder that it lies in")
     storage.recover(folder)
     if any(os.path.isfile(folder / file) for file in ("config.json", "adapter_config.json")):
         return
-    if name == model_dir or os.path.exists(name) or not name or name.startswith((".", "/")):
+    if name == model_dir or os.path.exists(name) or name.startswith((".", "/")):
         raise UserError(
             f"no model in {name.rstrip('/')}/: train one first with `python Fine_tuningmodel.py` "
             "(or `--preset starter`, which takes minutes on a CPU)"
@@ -146,17 +133,26 @@ def find_model(name: str) -> None:
 def fitted(model: str) -> dict[str, Any]:
     """Settings from the model's generation_config.json, as far as it has them."""
     names = {"temperature": "temp", "max_new_tokens": "max_t"}
-    try:
-        values = json.loads(Path(model, "generation_config.json").read_text(encoding="utf-8"))
-        found = {names.get(name, name): value for name, value in values.items() if value is not None}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--sampler fitted needs a readable {model}/generation_config.json") from error
+    values = storage.read_json(Path(model, "generation_config.json"), {})
+    found = {names.get(name, name): value for name, value in values.items() if value is not None}
+    for name in found.keys() & SETTINGS.keys():
+        if not isinstance(found[name], int | float):
+            raise UserError(f"{model}/generation_config.json: {name} must be a number, not {found[name]!r}")
     return {name: found[name] for name in SETTINGS if name in found}
+
+
+def described(model: str) -> str:
+    """What stands above a conversation: the model, what it was trained from, and when, where its run says so."""
+    facts = storage.read_json(Path(model, storage.RUN_FILE)).get("facts")
+    base, date = (plain(str(facts.get(name, ""))) if isinstance(facts, dict) else "" for name in ("base model", "date"))
+    return plain(model) + (f", trained from {base}" if base else "") + (f" on {date}" if date else "")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Say what is missing at once; then talk, while the model loads behind the first prompt."""
     flags = parse(argv)
+    if flags.prompt is not None and not flags.prompt.strip():
+        raise UserError("--prompt is empty: give it a message, or leave it out to chat")
     find_model(flags.model)
     chosen = fitted(flags.model) if flags.sampler == "fitted" else {}
     chosen |= {name: getattr(flags, name) for name in SETTINGS if getattr(flags, name) is not None}
@@ -169,13 +165,10 @@ def main(argv: list[str] | None = None) -> None:
 
     if not flags.debug:
         warnings.simplefilter("ignore")  # of libraries; they would stand in the middle of the prompt
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # any bytes can come in, and any terminal be written to
     if flags.prompt is not None:
         terminal.answer([flags.prompt], start, generate_text, chosen, flags.stats)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        terminal.chat(start, generate_text, settings(), chosen, flags.stats)
+        terminal.chat(start, generate_text, settings(), chosen, flags.stats, described(flags.model))
     else:
         terminal.answer(sys.stdin, start, generate_text, chosen, flags.stats)
 

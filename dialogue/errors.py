@@ -1,11 +1,13 @@
 """How a run ends other than by itself: a person's mistake, a signal; and what the scripts do then."""
 
 import argparse
+import io
 import os
 import signal
+import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from dialogue.plaintext import plain
@@ -35,8 +37,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+# Windows has no SIGHUP, which a terminal sends when its window is closed.
+ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextmanager
+def handled(handler: Callable, *numbers: int) -> Iterator[None]:
+    """Inside, `handler` gets these signals, but for those that the process ignores (`nohup` has it ignore SIGHUP).
+
+    In another thread than the main one nothing changes: Python sets handlers in the main thread only.
+    """
+    before = {}
+    with suppress(ValueError):
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 class Signals:
-    """The first Ctrl-C or SIGTERM is noted, or where `at_once` raises Stopped; the second ends the process."""
+    """The first Ctrl-C, SIGTERM or SIGHUP is noted, or where `at_once` raises Stopped; the second ends the process."""
 
     def __init__(self) -> None:
         self.number = self.agreed = 0
@@ -45,17 +69,15 @@ class Signals:
     @contextmanager
     def noted(self) -> Iterator[None]:
         """Inside, signals are handled here."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled(self._note, signal.SIGINT, *ENDINGS):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
         self.number = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)  # nothing half-written is ever taken for whole
+        for each in (signal.SIGINT, *ENDINGS):
+            if signal.getsignal(each) == self._note:
+                signal.signal(each, signal.SIG_DFL)  # nothing half-written is ever taken for whole
+        _let_go(number)
         # Not `print`, which must not be called while it is at work; the bar had hidden the cursor.
         show = b"\x1b[?25h" if os.isatty(2) else b""
         os.write(2, show + b"\nstopping: this step is finished and saved first; once more leaves at once\n")
@@ -67,9 +89,12 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
     """Call `run`; 0 when it returns, 2 after a `UserError` (one line on standard error), 128 + its number after
     a signal: 130 for Ctrl-C, 143 for SIGTERM. Any other exception is a bug and keeps its traceback, as all do
     with `debug`."""
-    before = signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # any bytes can come in, and any code page be written to
     try:
-        run()
+        with handled(_terminate, *ENDINGS):
+            run()
     except UserError as error:
         if debug:
             raise
@@ -78,10 +103,19 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0
 
 
+def _let_go(number: int) -> None:
+    """After SIGHUP the terminal is gone, and writing to it would be an error."""
+    if number in (signal.SIGINT, signal.SIGTERM):
+        return
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 def _terminate(number: int, frame: Any) -> NoReturn:
+    _let_go(number)
     raise Stopped(number, "terminated")

@@ -8,7 +8,6 @@ What each figure means stands in docs/evaluation.md.
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from dialogue.measure import merge
 from dialogue.measure.likelihood import Estimate, Score, bootstrap, score_each
 from dialogue.measure.replies import CHAT, OPENERS, Context, Reply, answer, check_openers, find_contexts, measure
 from dialogue.prompt import find_roles
-from dialogue.storage import RUN_FILE, write_json
+from dialogue.storage import RUN_FILE, read_json, write_json
 
 REFERENCE_PACKAGES = "sacrebleu==2.6.0 rouge-score==0.1.2"
 MAX_LENGTH = 1024  # tokens; longer dialogues are cut between turns
@@ -223,10 +222,8 @@ def _cell(name: str, estimate: Estimate) -> str:
 
 def _run_settings(model: Path) -> dict[str, Any]:
     """The settings of the run that wrote the folder, as far as they are known."""
-    try:
-        return json.loads((model / RUN_FILE).read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        return {}
+    settings = read_json(model / RUN_FILE).get("settings")
+    return settings if isinstance(settings, dict) else {}
 
 
 def _loaders(name: str, base: str | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[], Any]]:

@@ -7,7 +7,6 @@ CTranslate2, vLLM and `transformers serve` read the merged folder as it is.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from dialogue.errors import UserError, exit_code
 from dialogue.prompt import find_roles
+from dialogue.storage import read_json
 
 OTHERS = "llama.cpp's own convert_hf_to_gguf.py reads the folder as well, and knows more models"
 
@@ -119,7 +119,8 @@ def _add_tokenizer(writer: Any, folder: Path, tokenizer: PreTrainedTokenizerBase
     """Vocabulary, merges, special tokens and chat template; nothing is put before a conversation."""
     from gguf import SpecialVocab, TokenType
 
-    saved = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    shape = {"model": {"type": str}, "pre_tokenizer": dict | None, "normalizer": dict | None}
+    saved = read_json(folder / "tokenizer.json", shape)
     cut = saved["pre_tokenizer"] or {}
     steps = cut.get("pretokenizers", [cut])
     pre = next((name for name, known in PRE_TOKENIZERS.items() if steps == known), None)

@@ -1,6 +1,5 @@
 """The model hub: whether it answers at all, and what `--push_to_hub` sends there."""
 
-import json
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +8,7 @@ import huggingface_hub
 from huggingface_hub.utils import get_session
 
 from dialogue.errors import UserError, in_a_line
+from dialogue.storage import read_json
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -47,7 +47,7 @@ def push(adapters: Path, merged: Path, arguments: "TrainingArguments") -> list[s
     api = huggingface_hub.HfApi(token=arguments.hub_token)
     name = arguments.hub_model_id or merged.resolve().name
     folders = {name: merged}
-    config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(adapters / "adapter_config.json", {"base_model_name_or_path": str})
     if not Path(config["base_model_name_or_path"]).is_dir():
         folders[f"{name}-lora"] = adapters
     addresses = []

@@ -1,20 +1,71 @@
-"""Folders that appear whole or not at all, and can be checked; disk space that is looked at beforehand."""
+"""Folders that appear whole or not at all, that one process writes at a time, and can be checked; disk space that
+is looked at beforehand."""
 
+import datetime
+import errno
 import hashlib
-import json
 import math
 import os
 import shutil
+import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from dialogue.errors import UserError
+from dialogue.json_files import as_json, read_json, write_json
 
 RUN_FILE = "run.json"  # stands in every folder that a run wrote, and says how
 MANIFEST = "manifest.json"  # name -> size and sha256 of every file beside it; written last
+
+
+@contextmanager
+def locked(*folders: Path) -> Iterator[None]:
+    """Inside, no other process can lock these folders, by whatever path or link; they need not be there yet.
+
+    The lock of a process that was killed is free. Of several processes of one run, the first locks for all.
+    Raises UserError, which names the process that holds a lock.
+    """
+    from filelock import FileLock, Timeout  # the chat needs none
+
+    with ExitStack() as held:
+        # In one order, so that of two that start together one gets all.
+        for target, folder in sorted({Path(os.path.realpath(folder)): folder for folder in folders}.items()):
+            file = target.parent / f".{target.name}.lock"
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(FileLock(file, timeout=0))
+            except Timeout as error:
+                raise UserError(
+                    f"{folder} is being written by {_holder(file)}: wait until it has ended, or choose another folder"
+                ) from error
+            except OSError as error:
+                raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+            held.callback(_unlink, file)  # before it is released: whoever waits for this very file tries again
+            with suppress(OSError):  # Windows lets nobody write to a locked file
+                now = datetime.datetime.now().isoformat(" ", "seconds")
+                write_json(file, {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
+        yield
+
+
+def _unlink(file: Path) -> None:
+    with suppress(OSError):  # on Windows filelock does it
+        file.unlink()
+
+
+def _holder(file: Path) -> str:
+    """The process that holds a lock, in words."""
+    for _ in range(20):
+        with suppress(UserError, ProcessLookupError):
+            said = read_json(file, {"pid": int, "host": str, "since": str})
+            here = said["host"] == socket.gethostname()
+            with suppress(PermissionError):  # another user's
+                os.kill(said["pid"] if here else os.getpid(), 0)
+            return f"process {said['pid']}{'' if here else ' on ' + said['host']}, started {said['since']}"
+        time.sleep(0.05)  # the file is new, or names one that was killed: the holder is about to write its name
+    return "another process"
 
 
 @contextmanager
@@ -42,9 +93,14 @@ def whole_folder(target: Path) -> Iterator[Path]:
 def put_in_place(written: Path, target: Path) -> None:
     """Seal the folder `written` and let it take the place of `target`, on the same disk."""
     seal(written)
-    if target.exists():
-        target.rename(_old(target))
-    written.rename(target)
+    while written.exists():
+        if target.exists():
+            target.rename(_old(target))
+        try:
+            written.rename(target)
+        except OSError:
+            if not target.exists():  # else a chat that started between the two renames has called `recover`
+                raise
     _sync(target.parent)
     recover(target)
 
@@ -105,6 +161,9 @@ def seal(folder: Path) -> None:
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
         _sync(path)
     write_json(folder / MANIFEST, files)
+    mode = (folder / MANIFEST).stat().st_mode
+    for name in files:
+        (folder / name).chmod(mode)  # safetensors writes files that their owner alone can read
     for path in (folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder):
         _sync(path)
 
@@ -117,12 +176,9 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
     if not os.path.lexists(folder / MANIFEST):
         return None
     try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    try:
-        files = json.loads(text)
-        if text != _as_json(files):
+        files = read_json(folder / MANIFEST, {str: {"size": int, "sha256": str}})
+        name = MANIFEST
+        if (folder / MANIFEST).read_text(encoding="utf-8") != as_json(files):
             return f"{MANIFEST} is damaged"
         for name, said in files.items():
             path = folder / name
@@ -133,7 +189,7 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
                 return f"{name} is not what was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UserError, ValueError):
         return f"{MANIFEST} is damaged"
     return None
 
@@ -153,6 +209,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # some file systems cannot do it with a folder
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 
@@ -183,6 +242,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
             if os.path.islink(folder) or not parent.is_dir() or not os.access(parent, os.W_OK):
                 raise UserError(f"{folder} cannot be created: no permission to write there, or no folder above it")
             return
+        if os.path.ismount(os.path.realpath(folder)):
+            raise UserError(f"{folder} is a mount point, which cannot be replaced: choose a folder inside it")
         if not any(folder.iterdir()):
             return
         is_result = (folder / RUN_FILE).is_file()
@@ -216,20 +277,3 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, in the order of its keys."""
-    path.write_text(_as_json(content), encoding="utf-8")
-
-
-def _as_json(content: Any) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in a file, {} where there is none or it is not one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}

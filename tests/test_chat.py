@@ -7,7 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
+import threading
+import time
 from pathlib import Path
 
 import pexpect
@@ -33,7 +36,10 @@ def home(merged, tmp_path, monkeypatch):  # noqa: F811
 
 def run(capsys, *flags):
     """(exit code, standard output, standard error) of main.py, in this process: a new one costs seconds."""
-    code = exit_code(lambda: chat.main(list(flags)))
+    try:
+        code = exit_code(lambda: chat.main(list(flags)))
+    except SystemExit as end:
+        code = end.code
     return code, *capsys.readouterr()
 
 
@@ -43,9 +49,9 @@ def run(capsys, *flags):
 def test_a_pipe_gets_replies_only_and_a_merged_model_costs_no_peft(home):
     """The real thing once: a process of its own, between pipes, given bytes that are no text."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import main\n"
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import main; from dialogue.errors import exit_code\n"
         "light = not {'torch', 'transformers'} & set(sys.modules)\n"
-        "main.main(sys.argv[1:])\n"
+        "assert exit_code(lambda: main.main(sys.argv[1:])) == 0\n"
         "print(light, sorted({'peft', 'datasets', 'bitsandbytes'} & set(sys.modules)), file=sys.stderr)"
     )
     flags = ["--max_t", "4", "--temp", "0", "--stats", "json"]
@@ -107,6 +113,9 @@ def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):  #
         (["--model", "nowhere"], "nowhere cannot be loaded"),
         (["--model", "./nowhere"], r"no model in \./nowhere/: train one first"),
         (["--model", "."], "no model in"),
+        (["--model", ""], "--model is empty"),
+        (["--model", "gpt2-dialogue-full/config.json"], "config.json is a file: --model takes the folder"),
+        (["--prompt", " "], "--prompt is empty"),
         (["--prompt", "long " * 200], "make it shorter"),
     ],
 )
@@ -129,6 +138,73 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError):
         exit_code(lambda: chat.main([]), debug=True)
+
+
+def test_a_long_saved_conversation_costs_its_newest_turns_only(home):
+    talk = chat.start_conversation("gpt2-dialogue-full")
+    turn, tokenized = talk._turn, []
+    talk._turn = lambda index, text: tokenized.append(index) or turn(index, text)
+    talk.restore([{"role": ("user", "assistant")[i % 2], "content": f"this is turn {i}"} for i in range(4000)])
+    assert talk.turns and talk.forgotten == 4000 - len(talk.turns)
+    assert talk.text(-1) == "this is turn 3999" and len(tokenized) < 100
+
+
+def test_in_a_thread_as_in_a_notebook(home, capsys):
+    """Handlers of signals belong to the main thread; without them all else works."""
+    done = []
+    flags = ("--prompt", "Hi", "--max_t", "3", "--stats", "off")
+    thread = threading.Thread(target=lambda: done.append(exit_code(lambda: chat.main(list(flags)))))
+    thread.start()
+    thread.join()
+    assert done == [0] and capsys.readouterr().out
+
+
+def test_a_code_page_that_lacks_a_character_is_no_error(home):
+    """As a redirected output on Windows, whose encoding is the code page's."""
+    code = "import sys; from dialogue.errors import UserError, exit_code\n"
+    code += "def run():\n print('\u4f60 ok'); raise UserError('\u4f60')"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nsys.exit(exit_code(run))"], capture_output=True, cwd=MAIN.parent,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"}, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (2, b"? ok\n", b"error: ?\n")
+
+
+@pytest.mark.parametrize("way", ["noted", "at once", "ignored"])
+def test_a_closed_terminal_ends_in_good_order(way):
+    """SIGHUP is handled as SIGTERM is, and what is written then to the lost terminal is no error; `nohup` stays."""
+    code = f"""
+import signal, sys, time
+if {way == "ignored"}:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from dialogue.errors import Signals, exit_code
+file = open(sys.argv[1], "w")
+def run():
+    signals = Signals()
+    def work():
+        print("ready", flush=True)
+        while not signals.number and {way != "ignored"}:
+            time.sleep(0.02)
+        if {way == "ignored"}:
+            signal.raise_signal(signal.SIGHUP)
+        print("saving", flush=True)
+        print("saved", file=file, flush=True)
+    if {way == "at once"}:
+        try:
+            work()
+        finally:
+            print("saved", file=file, flush=True)
+    with signals.noted():
+        work()
+print(exit_code(run), file=file, flush=True)
+"""
+    with tempfile.NamedTemporaryFile("r") as said:
+        shell = pexpect.spawn(sys.executable, ["-c", code, said.name], cwd=str(MAIN.parent), timeout=30)
+        shell.expect("ready")
+        shell.close(force=False) if way != "ignored" else shell.expect(pexpect.EOF)
+        shell.wait() if shell.isalive() else None
+        deadline = [line for _ in range(200) if (line := said.read()) or time.sleep(0.05)]
+        assert "".join(deadline).split() == ["saved", "129" if way == "at once" else "0"]
 
 
 # ---- On a terminal -----------------------------------------------------------------------------------
@@ -179,9 +255,10 @@ def test_a_conversation_on_a_terminal(home):
     talk.type("/show", r"max_t +5", r"temp +0\.0", r"top_k +40 +default", r"seed +5", r"context +\d+/96")
     talk.type("/retry", "bot> ", "5 tokens, ")
     talk.type("/save talk.json", "saved to talk.json")
+    talk.type("/save no/where", "could not be written")
     talk.type("/undo", "taken back: Hello you")
     talk.type("/retry", "no message to answer")
-    talk.type("/load talk.json", "2 turns loaded")
+    talk.type("/load talk.json", "2 turns loaded", "you> Hello you", "bot> ")
     talk.type("/context", "<USER>Hello you<END>", "<BOT>")
     talk.type("/nonsense", "no command /nonsense")
     talk.type("//slash", "bot> ", "5 tokens, ")
@@ -211,6 +288,57 @@ def test_a_conversation_on_a_terminal(home):
     assert stopped[0]["content"] == "talk on and on" and stopped[1]["content"]
     history = (home / "state/gpt2-dialogue/history").read_text()
     assert "+Hello you" in history and "+two\n+lines" in history
+
+
+def test_what_people_type(home):
+    """The first line; a message that was typed too early; type-ahead; pastes; the ways to leave."""
+    (home / "gpt2-dialogue-full/run.json").write_text(
+        json.dumps({"facts": {"base model": "gpt2-xl", "date": "2026-11-25"}})
+    )
+    talk = Terminal("--max_t", "5", "--temp", "0")
+    talk.expect("gpt2-dialogue-full, trained from gpt2-xl on 2026-11-25")
+    talk.expect("you>")
+    talk.type("are you there?", "loading the model")
+    talk.sendintr()
+    talk.expect("stopped")
+    talk.expect("you> are you there")  # the message is kept
+    talk.type("", "bot> ", "5 tokens, .* s, ", "you>")
+
+    talk.send("one\ntwo\n\nfour\r")  # pasted into a terminal without brackets
+    talk.expect("5 tokens, .* s, ")
+    talk.expect("you>")
+    talk.type('"""')
+    talk.type("/help is no command here")
+    talk.type('"""', "bot> ", "5 tokens, .* s, ", "you>")
+    talk.type("/save said.json", "saved to said.json")
+    said = [message["content"] for message in json.loads((home / "said.json").read_text())[::2]]
+    assert said == ["are you there?", "one\ntwo\n\nfour", "/help is no command here"]
+    talk.type("/reset", "a new conversation")
+
+    talk.type("/set max_t 60", "max_t = 60")
+    talk.type("talk on", "bot> ", "2 tokens, ")
+    talk.send("typed ahead")
+    talk.expect("60 tokens, ")
+    assert "typed" not in talk.before, "what was typed stands in the reply"
+    talk.expect("you>")
+    talk.expect("typed ahead")
+    talk.type("", "bot> ")
+    talk.type("QUIT", "Bye")
+    talk.leaves(0)
+
+
+def test_ctrl_z_suspends_at_the_prompt(home):
+    shell = pexpect.spawn("bash", ["--norc", "-i"], encoding="utf-8", timeout=30, env={**os.environ, "PS1": "shell$ "})
+    shell.sendline(f"{sys.executable} {MAIN}")
+    shell.expect("you>")
+    shell.send("\x1a")
+    shell.expect("Stopped")
+    shell.sendline("fg")
+    shell.expect("you>")
+    shell.send("exit\r")
+    shell.expect("Bye")
+    shell.sendline("exit")
+    shell.expect(pexpect.EOF)
 
 
 def test_plain_text_where_colours_are_not_wanted(home):

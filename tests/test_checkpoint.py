@@ -185,6 +185,21 @@ def test_what_does_not_decide_the_result_may_change(source, stopped, whole, tmp_
     assert weights(tmp_path) == weights(whole)
 
 
+@pytest.mark.parametrize("name", [runs.STATE, storage.RUN_FILE])
+def test_a_checkpoint_of_another_shape_is_named_and_the_one_before_is_used(
+    name, source, stopped, whole, tmp_path, capsys
+):
+    copy_of(stopped, tmp_path)
+    newest = runs.checkpoints(tmp_path / "checkpoints")[0]
+    (newest / name).write_text('{"scores": []}')
+    (newest / storage.MANIFEST).unlink()
+    storage.seal(newest)
+    assert run(source, tmp_path) == 0
+    said = capsys.readouterr().err
+    assert f"{newest} is passed over: " in said and f"{name} is not as it was written" in said
+    assert weights(tmp_path) == weights(whole)
+
+
 def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(source, stopped, whole, tmp_path, capsys):
     copy_of(stopped, tmp_path)
     newest, before = runs.checkpoints(tmp_path / "checkpoints")

@@ -13,7 +13,8 @@ from dialogue.chat.commands import COMMANDS, run
 from dialogue.chat.conversation import Conversation, check
 from dialogue.chat.engine import Model, TransformersEngine, load
 from dialogue.chat.sampling import Sampling
-from dialogue.chat.terminal import Chat, in_background
+from dialogue.chat.session import Chat
+from dialogue.chat.terminal import in_background
 from dialogue.errors import UserError
 from dialogue.models import load_base
 from dialogue.prompt import add_roles, encode_dialogue

@@ -3,12 +3,25 @@
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dialogue.errors import UserError
-from dialogue.storage import MANIFEST, RUN_FILE, check_apart, check_free, check_space, damage, recover, whole_folder
+from dialogue.json_files import read_json, write_private
+from dialogue.storage import (
+    MANIFEST,
+    RUN_FILE,
+    check_apart,
+    check_free,
+    check_space,
+    damage,
+    locked,
+    recover,
+    whole_folder,
+)
 
 
 def names(folder):
@@ -87,6 +100,22 @@ def test_a_replacement_that_was_cut_is_recovered(moment, tmp_path, monkeypatch):
     assert ".result.old" not in names(tmp_path)
 
 
+def test_a_chat_that_starts_in_the_middle_of_a_replacement_does_not_undo_it(tmp_path, monkeypatch):
+    target = write_result(tmp_path / "result")
+    rename, restored = Path.rename, []
+
+    def then_a_chat_starts(path, to):
+        rename(path, to)
+        if path == target and not restored:
+            restored.append(path)
+            recover(target)
+
+    monkeypatch.setattr(Path, "rename", then_a_chat_starts)
+    write_result(target, "new")
+    assert restored and (target / "a.txt").read_text() == "new" and not damage(target)
+    assert names(tmp_path) == ["result"]
+
+
 @pytest.mark.parametrize(
     "harm", [lambda data: data[:-1], lambda data: b"", lambda data: bytes([data[0] ^ 1]) + data[1:]]
 )
@@ -134,3 +163,166 @@ def test_folders_of_a_run_lie_apart(tmp_path):
     for first, second in (("a", "a"), ("a", "a/b"), ("a/b", "a"), ("a", "c/../a")):
         with pytest.raises(UserError, match="give each its own"):
             check_apart(tmp_path / first, tmp_path / second, tmp_path / "x")
+
+
+SHAPE = {"step": int, "best": int | None, "scores": {str: [int | float]}, "run": {"seed": int}}
+RIGHT = '{"step": 3, "best": null, "scores": {"1": [1, 2.5]}, "run": {"seed": 1, "more": []}, "more": 1}'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [(None, "No such file"), ("", "not JSON"), ("{", "not JSON"), ("[" * 100_000, "not JSON"), ("[]", "its content"),
+     ("null", "its content"), ("3", "its content"), ("{}", "step is missing"), (RIGHT.replace("3", '"3"'), "step"),
+     (RIGHT.replace("null", "1.5"), "best"), (RIGHT.replace("[1, 2.5]", "7"), "1 is missing"),
+     (RIGHT.replace("2.5", "[]"), r"1\[1\]"), (RIGHT.replace('{"seed": 1, ', '{'), "seed"), (b"\xff", "not JSON"),
+     ("9" * 5000, "not JSON")],
+)  # fmt: skip
+def test_json_of_another_shape_is_one_line(text, said, tmp_path):
+    path = tmp_path / "run.json"
+    if text is not None:
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+    with pytest.raises(UserError, match=rf"run\.json is not as it was written: .*{said}"):
+        read_json(path, SHAPE)
+    assert isinstance(read_json(path), dict)
+    path.write_text(RIGHT)
+    assert read_json(path, SHAPE)["run"]["seed"] == 1 == read_json(path)["more"]
+
+
+@pytest.mark.parametrize("text", ["[]", "7", '{"a.txt": 3}', '{"a.txt": {"size": "3"}}', "[" * 100_000])
+def test_a_manifest_of_another_shape_is_damage(text, tmp_path):
+    target = write_result(tmp_path / "result")
+    (target / MANIFEST).write_text(text)
+    assert damage(target) == f"{MANIFEST} is damaged"
+
+
+def test_a_private_file_is_whole_and_its_owner_s(tmp_path):
+    file = tmp_path / "talk.json"
+    file.write_text("old")
+    file.chmod(0o644)
+    (tmp_path / "link").symlink_to("talk.json")
+    write_private(tmp_path / "link", ["new"])
+    assert read_json(file, [str]) == ["new"] and file.stat().st_mode & 0o777 == 0o600
+    assert names(tmp_path) == ["link", "talk.json"]
+    with pytest.raises(OSError, match="No such"):
+        write_private(tmp_path / "none/talk.json", [])
+
+
+# ---- One process at a time ---------------------------------------------------------------------------
+
+LOCKER = """
+import sys
+from pathlib import Path
+from dialogue.errors import UserError
+from dialogue.storage import locked
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with locked(*map(Path, sys.argv[1:])):
+        print("in", flush=True)
+        sys.stdin.readline()
+except UserError as error:
+    print(error, flush=True)
+    sys.exit(2)
+"""
+
+
+class Locker(subprocess.Popen):
+    """A process that locks folders once it is told to, and lets go of them once it is told to."""
+
+    def __init__(self, *folders):
+        super().__init__(
+            [sys.executable, "-c", LOCKER, *map(str, folders)], cwd=Path(__file__).resolve().parents[1],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert self.stdout.readline() == "ready\n"
+
+    def go(self):
+        self.stdin.write("\n")
+        self.stdin.flush()
+
+    def said(self):
+        return self.stdout.readline().strip()
+
+
+def test_the_second_to_lock_is_told_who_was_first(tmp_path):
+    (tmp_path / "link").symlink_to("adapters")
+    first = Locker(tmp_path / "merged", tmp_path / "adapters")
+    first.go()
+    assert first.said() == "in"
+    for other in ((tmp_path / "adapters",), (tmp_path / "link",), (tmp_path / "x", tmp_path / "merged/../merged")):
+        with pytest.raises(UserError, match=rf"by process {first.pid}, started \d{{4}}-.*: wait"), locked(*other):
+            pass
+    with locked(tmp_path / "other"):
+        check_free(tmp_path / "adapters", overwrite=False)
+        write_result(tmp_path / "adapters")  # as the first does
+    first.go()
+    assert first.wait() == 0
+    assert names(tmp_path) == ["adapters", "link"], "lock files are left"
+    with locked(tmp_path / "adapters", tmp_path / "adapters", tmp_path / "new/merged"):
+        pass
+
+
+def test_a_lock_whose_process_is_gone_is_free_and_names_the_new_one(tmp_path):
+    first = Locker(tmp_path / "adapters")
+    first.go()
+    assert first.said() == "in"
+    first.kill()
+    first.wait()
+    assert (tmp_path / ".adapters.lock").is_file()
+    second, third = Locker(tmp_path / "adapters"), Locker(tmp_path / "adapters")
+    second.go()
+    assert second.said() == "in"
+    third.go()
+    assert f"written by process {second.pid}, started" in third.said()
+    second.go()
+    assert (second.wait(), third.wait()) == (0, 2)
+    assert names(tmp_path) == []
+
+
+def test_of_two_that_start_together_exactly_one_goes_on(tmp_path):
+    for _ in range(5):
+        pair = [Locker(tmp_path / "a", tmp_path / "b"), Locker(tmp_path / "b", tmp_path / "a")]
+        for each in pair:
+            each.go()
+        said = [each.said() for each in pair]
+        winner = said.index("in")
+        assert f"process {pair[winner].pid}," in said[1 - winner]
+        pair[winner].go()
+        assert sorted(each.wait() for each in pair) == [0, 2]
+
+
+def test_a_lock_that_cannot_be_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"), locked(tmp_path / "file/a"):
+        pass
+
+
+# ---- File systems ------------------------------------------------------------------------------------
+
+
+def test_all_files_are_read_by_whom_the_umask_lets(tmp_path):
+    before = os.umask(0o027)
+    try:
+        with whole_folder(tmp_path / "result") as folder:
+            (folder / "weights").touch(0o600)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "result/weights").stat().st_mode & 0o777 == 0o640
+
+
+def test_folders_that_cannot_be_synced_are_no_error(tmp_path, monkeypatch):
+    sync = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert not damage(write_result(tmp_path / "result"))
+
+
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="a mount point is needed")
+def test_a_mount_point_is_seen_beforehand():
+    with pytest.raises(UserError, match="/proc is a mount point"):
+        check_free(Path("/proc"), overwrite=True)

@@ -2,14 +2,17 @@
 
 import io
 import os
+import shutil
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prompt_toolkit.completion import CompleteEvent
+from prompt_toolkit.document import Document
 from rich.cells import cell_len
 
-from dialogue.chat import commands, terminal
+from dialogue.chat import commands, session, terminal
 from dialogue.chat.conversation import Stats
 from dialogue.errors import UserError
 
@@ -17,7 +20,7 @@ letters = st.text(alphabet="abc  \n\t你好👋🏽é,", max_size=12)
 
 
 def lay(pieces, width, column=0):
-    wrap = terminal.Wrap(lambda: width, column)
+    wrap = session.Wrap(lambda: width, column)
     return "".join(wrap.add(piece) for piece in pieces) + wrap.rest()
 
 
@@ -35,14 +38,14 @@ def test_words_stay_whole():
     assert lay(["bot says hi"], 10, column=5) == "bot \nsays hi"
     assert lay("abcdefghijklmno", 8) == "abcdefg\nhijklmn\no"
     assert lay("你好你好你好", 8) == "你好你\n好你好"
-    wrap = terminal.Wrap(lambda: 40, 0)
+    wrap = session.Wrap(lambda: 40, 0)
     assert wrap.add("half a wo") == "half a ", "a word waits until it ends"
     assert wrap.add("rd 你好") == "word 你"
 
 
 def test_a_resized_terminal_is_noticed():
     width = 40
-    wrap = terminal.Wrap(lambda: width, 0)
+    wrap = session.Wrap(lambda: width, 0)
     assert wrap.add("one two ") == "one two "
     width = 10
     assert wrap.add("three four ") == "\nthree \nfour "
@@ -59,6 +62,8 @@ def answer(messages, stats="on"):
     heard = []
 
     def generate(message, conversation, on_text, **chosen):
+        if message == "long":
+            raise UserError("make it shorter")
         heard.append((message, chosen))
         on_text(f"re: {message}")
 
@@ -75,6 +80,27 @@ def test_replies_go_to_standard_output_and_the_rest_does_not(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_message_that_fails_takes_no_other_with_it(capsys):
+    with pytest.raises(SystemExit) as end:
+        answer(["Hi", "", "long", "you", "long", "again"], "off")
+    assert end.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "re: Hi\nre: you\nre: again\n"
+    assert err == "error: message 2: make it shorter\nerror: message 4: make it shorter\n"
+
+
+def test_no_message_costs_no_model():
+    for messages in ([], ["\n", " "]):
+        with pytest.raises(UserError, match="no message to answer"):
+            terminal.answer(messages, lambda: pytest.fail("a model is loaded"), print, {}, "on")
+    terminal.answer(["exit", "never"], lambda: pytest.fail("a model is loaded"), print, {}, "on")
+
+
+def test_a_reply_is_one_line(capsys):
+    terminal.answer(["Hi"], Replies, lambda *_, on_text, **__: on_text("one\ntwo\u2028three"), {}, "off")
+    assert capsys.readouterr().out == "one two three\n"
+
+
 def test_a_reader_who_leaves_is_no_error(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
@@ -83,13 +109,49 @@ def test_a_reader_who_leaves_is_no_error(monkeypatch):
         assert answer(["Hi", "again"]) == [("Hi", {"temp": 0})]
 
 
-def test_history_is_kept_where_it_can_be(tmp_path, monkeypatch):
+def test_history_is_kept_for_its_owner_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    terminal._history().append_string("hello")
-    assert list(terminal._history().load_history_strings()) == ["hello"]
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    terminal._history().append_string("hello")
+    file = tmp_path / "gpt2-dialogue/history"
+    file.parent.mkdir()
+    file.touch(0o644)
+    terminal.open_history().append_string("hello \udc80")
+    assert list(terminal.open_history().load_history_strings()) == ["hello ?"]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("way", ["full disk", "vanished folder", "a file in its place", "a folder in its place"])
+def test_history_goes_on_in_memory_and_says_so_once(way, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    if way == "a file in its place":
+        (tmp_path / "gpt2-dialogue").touch()
+    if way == "a folder in its place":
+        (tmp_path / "gpt2-dialogue/history").mkdir(parents=True)
+    history = terminal.open_history()
+    if way == "vanished folder":
+        shutil.rmtree(tmp_path / "gpt2-dialogue")
+    assert list(history.load_history_strings()) == []
+    if way == "full disk":
+        history.filename = "/dev/full"  # to be written only: reading it never ends
+    history.append_string("hello")
+    assert history.problem and history.get_strings() == ["hello"]
+    history.problem = ""
+    history.append_string("again")
+    assert history.problem == "" and history.get_strings() == ["hello", "again"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("/he", ["/help"]), ("/SE", ["/set", "/set temp"]), ("/set te", ["/set temp"]), ("/load ta", ["lk.json"]),
+     ("/save sub/x", ["y"]), ("hello ta", []), ("/why ta", [])],
+)  # fmt: skip
+def test_completion(typed, offered, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talk.json").touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/xy").touch()
+    completer = terminal._Completer(["/help", "/set", "/set temp", "/save", "/load"])
+    found = list(completer.get_completions(Document(typed), CompleteEvent(completion_requested=True)))
+    assert [each.text for each in found] == offered
 
 
 @pytest.mark.parametrize(
@@ -97,20 +159,68 @@ def test_history_is_kept_where_it_can_be(tmp_path, monkeypatch):
     [("/nonsense", "no command /nonsense"), ("/", "no command /"), ("/set", "typed /set NAME VALUE"),
      ("/set mood 3", "no setting mood"), ("/set temp hot", "temp must be a number"), ("/set top_k 1.5", "whole number"),
      ("/set top_p 7", "top_p must be"), ("/set max_t 0", "max_t must be"), ("/save", "typed /save FILE"),
-     ("/undo twice", "typed /undo"), ("/load nowhere.json", "could not be read"), ("/load .", "could not be read")],
+     ("/undo twice", "typed /undo"), ("/load nowhere.json", "could not be read"), ("/load .", "is a folder"),
+     ("/save .", "is a folder"), ("/save file.txt", "take another name")],
 )  # fmt: skip
-def test_a_wrong_command_explains_itself_and_changes_nothing(line, said):
+def test_a_wrong_command_explains_itself_and_changes_nothing(line, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("a text")
     loading = terminal.in_background(lambda: None)
     loading.result()
-    chat = terminal.Chat(loading, print, {"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9}, {}, "on")
+    chat = session.Chat(loading, print, {"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9}, {}, "on")
     with pytest.raises(UserError, match=said):
         commands.run(chat, line)
-    assert chat.chosen == {}
+    assert chat.chosen == {} and (tmp_path / "file.txt").read_text() == "a text"
+
+
+def chat_of(settings, shown=None):
+    loading = terminal.in_background(lambda: None)
+    loading.result()
+    return session.Chat(loading, print, settings, {}, "on")
+
+
+@pytest.mark.parametrize("line", ["/set temp 0.5", "/SET Temp=0.5", "/set temp = 0.5", "temp=0.5", " TEMP = 0.5"])
+def test_settings_are_understood_as_people_type_them(line, capsys):
+    chat = chat_of({"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9})
+    commands.run(chat, commands.find(line, chat.settings()))
+    assert chat.chosen == {"temp": 0.5}
+    commands.run(chat, "/set temp")
+    commands.run(chat, "/set max_t")
+    assert capsys.readouterr().out == "temp = 0.5\ntemp = 0.5\nmax_t = 50\n"
+
+
+def test_what_is_a_command():
+    for line in ("//slash", "hello", "a=b", "temperature=3", "= 5", ""):
+        assert commands.find(line, ("temp",)) is None
+    assert commands.find("/Reset", ()) == "/Reset"
+
+
+def test_other_names_of_commands(capsys):
+    for line in ("/?", "/HELP", "/Help "):
+        commands.run(chat_of({}), line)
+        assert "/reset" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 120])
+def test_tables_are_read_at_any_width(width, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setenv("COLUMNS", str(width))
+    chat = chat_of({})
+    rows = [[" hello", "1", "12.5%", "3"], ["\\n", "2", "0.1%", ""]]
+    commands.show_help(chat, "")
+    chat.rows(rows, ("token", "rank", "model", "-top_k"))
+    shown = sys.stdout.getvalue()
+    assert all(cell_len(line) <= width for line in shown.split("\n"))
+    words = " ".join(shown.split())
+    for usage, function in commands.COMMANDS.values():
+        assert usage in words and all(word in words for word in function.__doc__.split())
+    for row in rows:
+        assert all(cell.strip() in words for cell in row), "a cell is cut"
 
 
 def test_plain_text_without_colours(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    chat = terminal.Chat(terminal.in_background(lambda: None), print, {}, {}, "on")
+    chat = session.Chat(terminal.in_background(lambda: None), print, {}, {}, "on")
     chat.note("nothing but text [red]here[/red]")
     commands.show_help(chat, "")
     assert not chat.rich and "\x1b" not in sys.stdout.getvalue()

@@ -3,20 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
 from dialogue.errors import UserError
+from dialogue.json_files import write_private
 from dialogue.plaintext import plain
 
 if TYPE_CHECKING:
-    from dialogue.chat.terminal import Chat
+    from dialogue.chat.session import Chat
 
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
+LEAVE = ("exit", "quit", "bye", "/exit", "/quit", "/bye", "/q")
 WHOLE_NUMBERS = ("max_t", "top_k", "seed")  # the other settings are any numbers
 
 
@@ -30,27 +29,37 @@ def command(usage: str) -> Callable:
     return enter
 
 
+def find(line: str, settings: Collection[str]) -> str | None:
+    """The command that a line is; None for a message. `temp=0.5` stands for `/set temp=0.5`."""
+    name, sign, _ = line.partition("=")
+    if sign and name.strip().lower() in (*settings, "seed"):
+        return f"/set {line}"
+    return line if line.startswith("/") and not line.startswith("//") else None
+
+
 def run(chat: "Chat", line: str) -> None:
     """Carry out a line that starts with "/"."""
-    name, _, rest = line.partition(" ")
-    if name not in COMMANDS:
+    name, *rest = line.split(maxsplit=1)
+    known = "/help" if name == "/?" else name.lower()
+    if known not in COMMANDS:
         raise UserError(f"there is no command {plain(name)}: /help lists them; // sends a message that starts with /")
-    usage, function = COMMANDS[name]
-    if bool(rest.strip()) != (" " in usage):
+    usage, function = COMMANDS[known]
+    if bool(rest) != (" " in usage):
         raise UserError(f"it is typed {usage}")
-    function(chat, rest.strip())
+    function(chat, rest[0].strip() if rest else "")
 
 
 @command("/help")
 def show_help(chat: "Chat", rest: str) -> None:
     """this list"""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for usage, function in COMMANDS.values():
-        table.add_row(usage, str(function.__doc__))
-    table.add_row("//TEXT", "a message that starts with /")
-    table.add_row("exit", "leave (so does Ctrl-D); Ctrl-C stops a reply")
-    table.add_row("Alt-Enter", "a new line in a message")
-    chat.console.print(table)
+    lines = [[usage, str(function.__doc__)] for usage, function in COMMANDS.values()]
+    lines += [
+        ["//TEXT", "a message that starts with /"],
+        ["exit", "leave (so does Ctrl-D); Ctrl-C stops a reply"],
+        ["Alt-Enter", 'a new line in a message; so does Enter between two """'],
+        ["Ctrl-X Ctrl-E", "write the message in $EDITOR"],
+    ]
+    chat.rows(lines)
 
 
 @command("/reset")
@@ -87,10 +96,13 @@ def undo(chat: "Chat", rest: str) -> None:
 @command("/set NAME VALUE")
 def set_value(chat: "Chat", rest: str) -> None:
     """change max_t, temp, top_k, top_p, min_p, repetition_penalty or seed"""
-    name, _, text = rest.partition(" ")
-    settings = chat.settings()
+    name, _, text = re.sub(r"\s*=\s*|\s+", " ", rest).partition(" ")
+    name, settings = name.lower(), chat.settings()
     if name not in (*settings, "seed"):
         raise UserError(f"there is no setting {plain(name)}: choose {', '.join(settings)} or seed")
+    if not text:
+        chat.note(f"{name} = {chat.conversation.seed if name == 'seed' else settings[name]}")
+        return
     kind: Any = int if name in WHOLE_NUMBERS else float
     try:
         value = kind(text)
@@ -110,13 +122,13 @@ def set_value(chat: "Chat", rest: str) -> None:
 def show(chat: "Chat", rest: str) -> None:
     """the settings"""
     conversation = chat.conversation
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, value in chat.settings().items():
-        table.add_row(name, str(value), "" if name in chat.chosen else "default")
-    table.add_row("seed", str(conversation.seed))
-    table.add_row("precision", conversation.model.engine.precision)
-    table.add_row("context", f"{conversation.used}/{conversation.limit}", "tokens")
-    chat.console.print(table)
+    lines = [[name, str(value), "" if name in chat.chosen else "default"] for name, value in chat.settings().items()]
+    lines += [
+        ["seed", str(conversation.seed), ""],
+        ["precision", conversation.model.engine.precision, ""],
+        ["context", f"{conversation.used}/{conversation.limit}", "tokens"],
+    ]
+    chat.rows(lines)
 
 
 @command("/context")
@@ -136,17 +148,13 @@ def why(chat: "Chat", rest: str) -> None:
     explained = chat.conversation.why(check(**chat.settings()))
     if not explained:
         raise UserError("there is no reply yet")
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for title in ("token", "rank", "model", "temp", "drawn"):
-        table.add_column(title, justify="left" if title == "token" else "right")
     cuts = [name for name in explained[0].removed if any(each.removed[name] for each in explained)]
-    for name in cuts:
-        table.add_column(f"-{name}", justify="right")
+    lines = []
     for each in explained:
-        token = Text(repr(decode_text(chat.conversation.tokenizer, [each.token]))[1:-1])
+        token = repr(decode_text(chat.conversation.tokenizer, [each.token]))[1:-1]
         shares = (f"{share:.1%}" for share in (each.probability, each.tempered, each.drawn))
-        table.add_row(token, str(each.rank), *shares, *(str(each.removed[name] or "") for name in cuts))
-    chat.console.print(table)
+        lines.append([token, str(each.rank), *shares, *(str(each.removed[name] or "") for name in cuts)])
+    chat.rows(lines, ("token", "rank", "model", "temp", "drawn", *(f"-{name}" for name in cuts)))
     chat.note(
         "probability by the model alone, after repetition penalty and temperature, and as drawn; "
         "then how many tokens each setting had removed"
@@ -160,10 +168,12 @@ def save(chat: "Chat", rest: str) -> None:
     if os.path.exists(path):  # Path.exists raises for a name that is too long
         from dialogue.chat.conversation import check_messages
 
-        check_messages(read_messages(path))  # nothing but an earlier conversation is overwritten
-    text = json.dumps(chat.conversation.messages(), indent=2, ensure_ascii=False) + "\n"
+        try:
+            check_messages(read_messages(path))
+        except UserError as error:
+            raise UserError(f"{error}; take another name: /save replaces saved conversations only") from error
     try:
-        path.write_text(text, encoding="utf-8")
+        write_private(path, chat.conversation.messages())
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         raise UserError(f"{plain(rest)} could not be written: {getattr(error, 'strerror', error)}") from error
     chat.note(f"saved to {plain(rest)}")
@@ -176,10 +186,13 @@ def load(chat: "Chat", rest: str) -> None:
     chat.conversation.restore(messages)
     chat.note(f"{len(chat.conversation.turns)} turns loaded")
     chat.announce_forgotten()
+    chat.show_turns(4)
 
 
 def read_messages(path: Path) -> Any:
     """The JSON in a file. Raises UserError where there is none."""
+    if os.path.isdir(path):
+        raise UserError(f"{plain(str(path))} is a folder: give the name of a file in it")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -177,7 +177,11 @@ class Conversation:
         Raises UserError for any other shape, and changes nothing then.
         """
         check_messages(messages)
-        self.turns = [self._turn(index, message["content"]) for index, message in enumerate(messages)]
+        self.turns = []
+        for index in reversed(range(len(messages))):  # the newest first: what cannot be kept need not be tokenized
+            self.turns.insert(0, self._turn(index, messages[index]["content"]))
+            if index % 2 == 0 and self.used > self.limit:
+                break
         kept = self._newest(self.limit)
         self.turns, self.forgotten, self.sampling = kept, len(messages) - len(kept), None
 

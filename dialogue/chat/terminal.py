@@ -1,26 +1,25 @@
 """The conversation as a person sees it, or a script: a prompt, words as they are made, one line of figures."""
 
-import json
 import os
-import signal
+import re
+import select
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.formatted_text import AnyFormattedText
-from prompt_toolkit.history import FileHistory, History, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings
-from rich.cells import cell_len
-from rich.console import Console
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from dialogue.chat import commands
-from dialogue.errors import UserError
+from dialogue.chat.session import Chat, figures, write
+from dialogue.errors import ENDINGS, UserError, handled, in_a_line
 from dialogue.plaintext import plain
 
 try:
@@ -30,175 +29,136 @@ except ImportError:  # Windows
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
-    from dialogue.chat.conversation import Conversation, Stats
+    from dialogue.chat.conversation import Conversation
+
+QUOTES = '"""'  # a message that starts with them ends with them, lines later
 
 
 def answer(
     messages: Iterable[str], start: Callable[[], "Conversation"], generate: Callable[..., str], chosen: dict, stats: str
 ) -> None:
-    """One reply a message on standard output, until `exit`; everything else on standard error."""
-    conversation = start()
+    """One line of reply a message on standard output, until `exit`; everything else on standard error.
+
+    A message that cannot be answered gets a line of error, the later ones their replies, and the exit code is 2.
+    Raises UserError, before a model is loaded, where there is no message.
+    """
+    conversation: Conversation | None = None
+    failed = False
     try:
-        for message in messages:
-            message = message.strip()
+        for number, message in enumerate(filter(None, map(str.strip, messages)), 1):
             if message == "exit":
                 break
-            if not message:
+            conversation = conversation or start()
+            try:
+                generate(message, **chosen, conversation=conversation, on_text=_write_in_line)
+            except UserError as error:
+                failed = True
+                print(f"error: message {number}: {in_a_line(error)}", file=sys.stderr)
                 continue
-            generate(message, **chosen, conversation=conversation, on_text=_write)
-            _write("\n")
+            write("\n")
             if conversation.forgotten:
                 print(f"{conversation.forgotten} oldest turns forgotten", file=sys.stderr)
             if conversation.stats and stats != "off":
                 print(figures(conversation.stats, stats), file=sys.stderr)
+        else:
+            if not conversation:
+                raise UserError("there is no message to answer: all that came in is empty")
     except BrokenPipeError:  # who read the replies has enough of them
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if failed:
+        sys.exit(2)
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def figures(stats: "Stats", how: str) -> str:
-    """One line: a JSON object, or for a person."""
-    if how == "json":
-        return json.dumps(stats._asdict())
-    later = (stats.new_tokens - 1) / stats.tokens_per_second if stats.tokens_per_second else 0.0
-    seconds = stats.first_token_seconds + later
-    return f"{stats.new_tokens} tokens, {seconds:.1f} s, {stats.tokens_per_second:.0f} tokens/s, {stats.precision}"
-
-
-class Chat:
-    """What the commands can look at and change."""
-
-    def __init__(
-        self, loading: "Future[Conversation]", generate: Callable[..., str], defaults: dict, chosen: dict, stats: str
-    ) -> None:
-        self.loading, self.generate, self.defaults, self.stats = loading, generate, defaults, stats
-        self.chosen = chosen  # settings that a flag or /set gave
-        colourless = bool(os.environ.get("NO_COLOR"))  # rich alone would still write bold and dim
-        self.console = Console(highlight=False, color_system=None if colourless else "auto")
-        # The old Windows console would show escape sequences as text.
-        simple = self.console.is_dumb_terminal or self.console.legacy_windows
-        self.rich = self.console.is_terminal and not simple and not colourless
-
-    @property
-    def conversation(self) -> "Conversation":
-        """Waits for the model where it is not there yet. Raises what went wrong with it."""
-        if not self.loading.done():
-            self.note("loading the model ...")
-        return self.loading.result()
-
-    def settings(self) -> dict[str, Any]:
-        """What the next reply is made with."""
-        return self.defaults | self.chosen
-
-    def note(self, text: str) -> None:
-        """A line that is neither the person's nor the bot's."""
-        self.console.print(text, style="dim", markup=False)
-
-    def prompt(self) -> AnyFormattedText:
-        """used/limit, and where to type; before the model is there, just that."""
-        if not self.loading.done() or self.loading.exception():
-            return [("", "you> ")]
-        return [("fg:ansibrightblack", f"{self.conversation.used}/{self.conversation.limit} "), ("", "you> ")]
-
-    def say(self, message: str) -> None:
-        """Send a message and show the reply as it is made. Ctrl-C ends the reply and keeps what was said."""
-        conversation = self.conversation
-        self.console.print("bot> ", end="", style="bold")
-        wrap = Wrap(lambda: self.console.width, column=5)
-        live = self.rich and self.stats == "on"
-        below = "\x1b[J" if live else ""  # clears the live line
-        stopped = ""
-        with interruptible() as interrupted:
-
-            def on_text(piece: str) -> None:
-                text = below + wrap.add(piece)
-                if live and conversation.stats:
-                    now = conversation.stats
-                    line = f"{now.new_tokens} tokens, {now.tokens_per_second:.0f} tokens/s"
-                    # One line down, the figures, one line up, to where the text goes on. Relative, since the
-                    # line break may scroll the screen.
-                    text += f"\n\x1b[2m{line[: self.console.width - 1]}\x1b[0m\x1b[1A\x1b[{wrap.column + 1}G"
-                _write(text)
-                if interrupted.is_set():
-                    raise Stop
-
-            try:
-                self.generate(message, **self.chosen, conversation=conversation, on_text=on_text)
-            except (Stop, KeyboardInterrupt):
-                stopped = " [stopped]"
-            finally:
-                _write(below + wrap.rest() + stopped + "\n")
-        self.announce_forgotten()
-        if conversation.stats and self.stats == "json":
-            print(figures(conversation.stats, "json"), file=sys.stderr)
-        elif conversation.stats and self.stats == "on":
-            self.note(figures(conversation.stats, "on"))
-
-    def announce_forgotten(self) -> None:
-        if self.conversation.forgotten:
-            self.note(f"{self.conversation.forgotten} oldest turns forgotten")
+def _write_in_line(piece: str) -> None:
+    write(re.sub("[\n\u2028\u2029]", " ", piece))
 
 
 def chat(
-    start: Callable[[], "Conversation"],
+    start: "Callable[[], Conversation]",
     generate: Callable[..., str],
     defaults: dict,
     chosen: dict,
     stats: str,
+    top: str,
 ) -> None:
-    """The conversation on a terminal, until `exit` or end of file."""
+    """The conversation on a terminal, until `exit` or end of file. `top` says which model it is with."""
     loading = in_background(start)
-    this = Chat(loading, generate, defaults, chosen, stats)
+    this, history = Chat(loading, generate, defaults, chosen, stats), open_history()
     session: PromptSession = PromptSession(
-        history=_history(),
-        completer=WordCompleter([*commands.COMMANDS, *(f"/set {name}" for name in defaults)], sentence=True),
+        history=history,
+        completer=_Completer([*commands.COMMANDS, *(f"/set {name}" for name in defaults)]),
         complete_while_typing=False,
         multiline=True,  # a pasted text keeps its lines
         key_bindings=_keys(),
+        enable_suspend=True,
+        enable_open_in_editor=True,
     )
     loading.add_done_callback(lambda _: _refresh(session, loading))
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    mode = termios.tcgetattr(sys.stdin) if termios else None
-    this.note("Type a message; /help lists commands, exit leaves.")
     try:
-        while (line := _ask(session, this)) != "exit":
-            try:
-                if line.startswith("/") and not line.startswith("//"):
-                    commands.run(this, line)
-                elif line:
-                    this.say(line.removeprefix("/") if line.startswith("//") else line)
-            except UserError as error:
-                if loading.done() and loading.exception():
-                    raise
-                this.console.print(plain(str(error)), style="red", markup=False)
-            except KeyboardInterrupt:
-                this.note("stopped")
-        this.note("Bye.")
+        with handled(lambda number, _: sys.exit(128 + number), *ENDINGS), _unseen():
+            this.note(f"{top}\nType a message; /help lists commands, exit leaves.")
+            draft = ""
+            while (line := _ask(session, this, draft)).lower() not in commands.LEAVE:
+                if history.problem:
+                    this.note(f"messages are kept in memory only: {history.problem}")
+                    history.problem = ""
+                draft = "" if _obey(this, line) else line
+            this.note("Bye.")
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if mode:  # prompt_toolkit restores it, unless SIGTERM came just while it changed it
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
         leaving = sys.exc_info()[1]
         if not loading.done() and (leaving is None or isinstance(leaving, SystemExit)):
             # A thread in the middle of an import cannot be stopped, and nobody waits for it.
             sys.stdout.flush()
-            os._exit(143 if leaving else 0)
+            os._exit(int(leaving.code or 0) if leaving else 0)
 
 
-def _ask(session: PromptSession, this: Chat) -> str:
-    """The next line; "exit" at the end of file. Raises what went wrong with the model meanwhile."""
+def _ask(session: PromptSession, this: Chat, draft: str) -> str:
+    """The next line, which begins as `draft`; "exit" at the end of file. Raises what went wrong with the model."""
     while True:
         try:
-            return session.prompt(this.prompt).strip()
+            return session.prompt(this.prompt, default=draft).strip()
         except KeyboardInterrupt:
+            draft = ""
             if not session.default_buffer.text:
                 this.note("type exit to leave")
         except EOFError:
             return "exit"
+
+
+def _obey(this: Chat, line: str) -> bool:
+    """Carry out a command, or send a message. False where Ctrl-C came before the model was there to get it."""
+    try:
+        if line.startswith(QUOTES):
+            this.say(line.removeprefix(QUOTES).removesuffix(QUOTES).strip())
+        elif command := commands.find(line, this.settings()):
+            commands.run(this, command)
+        elif line:
+            this.say(line.removeprefix("/"))
+    except UserError as error:
+        if this.loading.done() and this.loading.exception():
+            raise
+        this.console.print(plain(str(error)), style="red", markup=False)
+    except KeyboardInterrupt:
+        this.note("stopped")
+        return this.loading.done()
+    return True
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    """Between prompts, what is typed is not shown; it waits for the next prompt, also after Ctrl-C."""
+    if not termios:
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    unseen = termios.tcgetattr(sys.stdin)
+    unseen[3] = unseen[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):  # the terminal's window was closed
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 def _refresh(session: PromptSession, loading: "Future[Conversation]") -> None:
@@ -214,12 +174,42 @@ def _refresh(session: PromptSession, loading: "Future[Conversation]") -> None:
         app.loop.call_soon_threadsafe(refresh)
 
 
+class _Completer(Completer):
+    """Commands and settings, and file names after /save and /load."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.words, self.paths = WordCompleter(words, ignore_case=True, sentence=True), PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterable[Completion]:
+        command, space, rest = document.text_before_cursor.partition(" ")
+        if space and command.lower() in ("/save", "/load"):
+            return self.paths.get_completions(Document(rest), event)
+        return self.words.get_completions(document, event)
+
+
 def _keys() -> KeyBindings:
     """Enter sends, Alt-Enter makes a new line: prompt_toolkit has it the other way round for many lines."""
     keys = KeyBindings()
-    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+
+    @keys.add("enter")
+    def enter(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        quoted = buffer.text.startswith(QUOTES) and (len(buffer.text) < 6 or not buffer.text.rstrip().endswith(QUOTES))
+        if quoted or _more_follows(event):
+            buffer.insert_text("\n")
+        else:
+            buffer.validate_and_handle()
+
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     return keys
+
+
+def _more_follows(event: KeyPressEvent) -> bool:
+    """Whether text came in together with this Enter: nobody types so fast, it is pasted."""
+    coming = (press.data for press in event.key_processor.input_queue)
+    if any(len(data) == 1 and (data.isprintable() or data in "\r\n\t") for data in coming):
+        return True
+    return bool(termios and select.select([event.app.input.fileno()], [], [], 0)[0])
 
 
 def in_background(work: Callable[[], Any]) -> "Future[Any]":
@@ -236,72 +226,36 @@ def in_background(work: Callable[[], Any]) -> "Future[Any]":
     return future
 
 
-class Stop(Exception):
-    """The person pressed Ctrl-C while the bot was writing."""
+class History(FileHistory):
+    """Earlier messages, in a file that its owner alone can read; in memory where that fails."""
+
+    problem: str | None = None  # why they are not in the file; "" when it was said
+
+    def load_history_strings(self) -> Iterable[str]:
+        with self._or_memory():
+            return list(super().load_history_strings())
+        return []
+
+    def store_string(self, string: str) -> None:
+        if self.problem is None:
+            with self._or_memory():
+                super().store_string(string)
+
+    @contextmanager
+    def _or_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.problem = f"{self.filename!s}: {error.strerror}"
 
 
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Inside, Ctrl-C sets the event instead of raising, so that no forward pass is cut in half; a second
-    Ctrl-C raises."""
-    stopped = threading.Event()
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        stopped.set()
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class Wrap:
-    """Breaks lines between words, at the terminal's edge, while the text arrives in pieces: a word is held
-    back until it ends. A wide character (Chinese, an emoji) is a word of its own."""
-
-    def __init__(self, width: Callable[[], int], column: int) -> None:
-        self.width, self.column, self.word = width, column, ""
-
-    def add(self, piece: str) -> str:
-        """Text to write now. The last column stays free: there, terminals differ in where the cursor is."""
-        out = ""
-        for character in piece:
-            if character == "\n":
-                out += self.rest() + "\n"
-                self.column = 0
-            elif character in " \t":
-                out += self.rest()
-                out += " " if self.column < self.width() - 1 else ""
-                self.column += 1
-            else:
-                # Skin tones and what follows a zero-width joiner belong to the emoji before them.
-                joined = self.word.endswith("\u200d") or "\U0001f3fb" <= character <= "\U0001f3ff"
-                wide = cell_len(character) == 2 and not joined
-                if wide or cell_len(self.word + character) > self.width() - 1:
-                    out += self.rest()
-                self.word += character
-        return out
-
-    def rest(self) -> str:
-        """The word that was held back."""
-        word, self.word = self.word, ""
-        size = cell_len(word)
-        if self.column and self.column + size > self.width() - 1:
-            self.column = size
-            return "\n" + word
-        self.column += size
-        return word
-
-
-def _history() -> History:
-    """Earlier messages, from a file in the user's state folder; in memory where that cannot be written."""
-    try:
-        folder = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gpt2-dialogue"
+def open_history() -> History:
+    """The messages of earlier conversations, from a file in the user's state folder."""
+    history = History("history")
+    with history._or_memory():
+        folder = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "gpt2-dialogue"
+        history.filename = folder / "history"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (folder / "history").open("a").close()
-    except (OSError, RuntimeError):  # RuntimeError: no home
-        return InMemoryHistory()
-    return FileHistory(folder / "history")
+        os.close(os.open(history.filename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        os.chmod(history.filename, 0o600)
+    return history

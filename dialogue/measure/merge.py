@@ -193,7 +193,8 @@ def judge(
 
 def finish(folder: Path, adapters: Path, certificate: dict[str, Any], fitted: Fitted) -> None:
     """Certificate, sampler, run.json and model card of the merged model in `folder`."""
-    run, metrics = (storage.read_json(adapters / name) for name in (storage.RUN_FILE, "metrics.json"))
+    run = storage.read_json(adapters / storage.RUN_FILE, {"facts": dict, "settings": dict})
+    metrics = storage.read_json(adapters / "metrics.json", report.METRICS)
     write_sampler(folder, fitted.sampling, fitted.max_t)
     storage.write_json(folder / "certificate.json", certificate)
     storage.write_json(folder / storage.RUN_FILE, run)

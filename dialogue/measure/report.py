@@ -11,6 +11,15 @@ from dialogue.measure.fitting import Fitted
 from dialogue.models import STARTER, STARTER_ON_HUB
 from dialogue.storage import RUN_FILE, write_json
 
+FIGURES = {
+    "nats per token": "nats_per_token",
+    "perplexity per token": "perplexity",
+    "perplexity per word": "word_perplexity",
+    "bits per character": "bits_per_character",
+}
+# Shape of metrics.json, as far as it is read back.
+METRICS = {f"{of}_{name}": int | float for of in ("eval", "base_eval") for name in FIGURES.values()}
+
 
 def draw_curves(history: list[dict[str, float]], path: Path) -> None:
     """Loss (training, validation) and learning rate over the steps, as a PNG."""
@@ -43,12 +52,7 @@ def write_card(folder: Path, run: dict[str, Any], metrics: dict[str, Any], fitte
         ["", "base model, untuned, same format", "tuned"],
         [
             [label, f"{metrics[f'base_eval_{key}']:.3f}", f"{metrics[f'eval_{key}']:.3f}"]
-            for label, key in (
-                ("nats per token", "nats_per_token"),
-                ("perplexity per token", "perplexity"),
-                ("perplexity per word", "word_perplexity"),
-                ("bits per character", "bits_per_character"),
-            )
+            for label, key in FIGURES.items()
         ],
     )
     curves = "![Curves](curves.png)\n\n" if (folder / "curves.png").is_file() else ""

@@ -1,5 +1,6 @@
 """What a run writes down about itself, for its `run.json`, `metrics.json` and model cards."""
 
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def write_adapters(
     record = record | {
         "settings": settings,
         "facts": {
+            "date": f"{datetime.date.today()}",
             "base model": run.base_model,
             "data": corpus.source,
             "licence of the data": corpus.licence or "unknown: yours to find out",

@@ -19,6 +19,9 @@ from dialogue.train.memory import Fit
 from dialogue.train.options import Run
 from dialogue.train.rows import Rows
 
+STATE = "evaluations.json"  # the training's own state, beside Trainer's
+STATE_SHAPE = {"best_step": int | None, "seconds": int | float, "scores": {str: [int | float]}}
+
 SAVING = ".saving"  # in the checkpoints' folder: where Trainer writes a checkpoint before it is whole
 
 # Settings that do not decide what is learned, by the start of their names.
@@ -136,7 +139,12 @@ def _newest(run: Run, described: dict[str, Any]) -> Begun:
             problem = problem or f"it has no {storage.MANIFEST}"
             print(f"{folder} is broken and passed over: {plain(problem)}", file=sys.stderr)
             continue
-        saved = storage.read_json(folder / storage.RUN_FILE)
+        try:
+            saved = storage.read_json(folder / storage.RUN_FILE, {"run": dict, "versions": dict})
+            storage.read_json(folder / STATE, STATE_SHAPE)
+        except UserError as error:
+            print(f"{folder} is passed over: {plain(str(error))}", file=sys.stderr)
+            continue
         if not (changed := differences(saved["run"], described)):
             return Begun(folder, fit=_fit_of(folder), versions=saved["versions"])
         if not run.overwrite:

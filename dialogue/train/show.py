@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dialogue import machine
 from dialogue.data.corpus import Corpus
 from dialogue.data.packing import IGNORED, Row, count_tokens
+from dialogue.measure.report import METRICS
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
 from dialogue.storage import read_json
@@ -70,7 +71,7 @@ def example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row) -> N
 
 def result(console: Console, run: Run, certificate: dict[str, Any]) -> None:
     """What the run achieved, what it wrote, and what to do next."""
-    metrics, chat = read_json(run.adapters / "metrics.json"), "chat_precision" in certificate
+    metrics, chat = read_json(run.adapters / "metrics.json", METRICS), "chat_precision" in certificate
     console.print(
         f"Perplexity on validation replies: {metrics['base_eval_perplexity']:.1f} untuned, "
         f"[bold]{metrics['eval_perplexity']:.1f}[/] tuned (per token); "

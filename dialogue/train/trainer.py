@@ -32,8 +32,9 @@ from dialogue.train.keeper import Keeper, Over
 from dialogue.train.options import Run, override
 from dialogue.train.plan import Plan, count_evaluations
 from dialogue.train.progress import Progressed
+from dialogue.train.runs import STATE, STATE_SHAPE
 
-STATE, BEST = "evaluations.json", "best_adapter.safetensors"  # ours, beside Trainer's files
+BEST = "best_adapter.safetensors"  # ours, beside Trainer's files
 OPENERS = ("Hello, how are you?", "What do you like to eat?")  # answered at every evaluation
 SAMPLE_TOKENS = 24
 
@@ -131,7 +132,7 @@ class DialogueTrainer(Trainer):
 
     def read_state(self, folder: Path) -> None:
         """What `write_state` wrote; Trainer restores its own state."""
-        state = storage.read_json(folder / STATE)
+        state = storage.read_json(folder / STATE, STATE_SHAPE)
         self.scores = {int(step): Score(*score) for step, score in state["scores"].items()}
         self.best_step = state["best_step"]
         self.began -= state["seconds"]
