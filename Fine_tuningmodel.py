@@ -96,17 +96,23 @@ presets: dict[str, dict] = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Dialogues -> rows -> rehearsal and plan -> adapters -> merged model with its certificate."""
+    """What is asked for, then the recipe; no other run may write into the same folders meanwhile."""
     run = options.resolve(
         argv, presets, lora_config, quant_config, training_args,
         base_model=base_model, dataset=dataset, max_train_dialogues=max_train_dialogues, max_length=max_length,
         learn=learn, adapter_dir=adapter_dir, merged_dir=merged_dir, early_stopping_patience=early_stopping_patience,
     )  # fmt: skip
-    arguments, device = run.arguments, machine.pick_device()
-    console = Console(quiet=arguments.process_index > 0)
-    if arguments.push_to_hub and not run.plan_only:
-        hub.check_login(arguments.hub_token)
-    transformers.set_seed(arguments.seed)
+    if run.arguments.push_to_hub and not run.plan_only:
+        hub.check_login(run.arguments.hub_token)
+    writes = not run.plan_only and not run.arguments.process_index  # the first process writes, a plan does not
+    with storage.locked(*(run.adapters, run.merged, run.checkpoints) if writes else ()):
+        fine_tune(run)
+
+
+def fine_tune(run: options.Run) -> None:
+    """Dialogues -> rows -> rehearsal and plan -> adapters -> merged model with its certificate."""
+    device, console = machine.pick_device(), Console(quiet=run.arguments.process_index > 0)
+    transformers.set_seed(run.arguments.seed)
 
     # Dialogues -> rows of token ids
     dialogues = corpus.without_leaks(corpus.load_corpus(run.dataset))
@@ -137,10 +143,10 @@ def main(argv: list[str] | None = None) -> None:
         show.line(console, f"Repeat this run with: {run.command}")
         written = record.begin(run, plan, runs.describe(run, prepared))
         trained = trainer.train(model, tokenizer, plan, run, written, begun.checkpoint)
-        if not arguments.process_index:
+        if not run.arguments.process_index:
             with storage.whole_folder(run.adapters) as folder:  # appears whole, or not at all
                 record.write_adapters(folder, model, tokenizer, run, plan, dialogues, trained, written)
-    if arguments.process_index:
+    if run.arguments.process_index:
         return  # the first process writes
 
     # Merge into a fresh 16-bit base, and compare what came out with what was trained
@@ -150,13 +156,13 @@ def main(argv: list[str] | None = None) -> None:
         merge.write(run.base_model, run.adapters, tokenizer, folder)
         certificate, fitted = merge.judge(
             witness, folder, prepared.certificate, dialogues.validation, tokenizer.pad_token_id, fit.dtype, device,
-            fit.in_8bit, arguments.seed,
+            fit.in_8bit, run.arguments.seed,
         )  # fmt: skip
         merge.finish(folder, run.adapters, certificate, fitted)
     runs.clear(run.checkpoints)
     show.result(console, run, certificate)
-    if arguments.push_to_hub:
-        show.line(console, f"Uploaded: {', '.join(hub.push(run.adapters, run.merged, arguments))}")
+    if run.arguments.push_to_hub:
+        show.line(console, f"Uploaded: {', '.join(hub.push(run.adapters, run.merged, run.arguments))}")
 
 
 if __name__ == "__main__":
