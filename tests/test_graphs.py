@@ -7,6 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoder import CONFIGS, CONTEXT, random_model, tokens
 from test_generation import GREEDY, dialogue_tokenizer, say
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from dialogue.chat.conversation import Conversation
@@ -89,16 +92,45 @@ def test_broken_weights_are_said_to_be_broken(bad):
     assert pick(torch.full((9,), -torch.inf), GREEDY, *torch.zeros(2, 9, dtype=torch.bool), torch.zeros(1)) == BROKEN
 
 
+class NoNumberIsAssigned(TorchFunctionMode):
+    """`tensor[i] = number` on a GPU copies from the host (PyTorch, issue 186482), and waits for the copy."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        assert function is not torch.Tensor.__setitem__ or isinstance(arguments[2], torch.Tensor), arguments
+        return function(*arguments, **(options or {}))
+
+
+class NoTensorOfTheHost(TorchDispatchMode):
+    """Beside tensors without data, one that has data comes from the host: `torch.tensor(...)`, an index list."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for leaf in tree_leaves((arguments, options, result)):
+            assert not isinstance(leaf, torch.Tensor) or leaf.is_meta, function
+        return result
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING, Sampling()])
-def test_no_step_waits_for_a_value(name, sampling):
+def test_no_step_waits_for_a_value_or_copies_from_the_host(name, sampling):
     """Tensors without data raise where a value would be asked for: `.item()`, a shape that depends on one."""
     with torch.device("meta"):
         config = CONFIGS[name]
         model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).bfloat16()
     engine = GraphDecoder(model, CONTEXT)
-    with torch.inference_mode():
+    with torch.inference_mode(), NoNumberIsAssigned(), NoTensorOfTheHost():
         engine.step_once(sampling, 64)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_may_come_in_the_layout_of_a_gpus_kernels(name, monkeypatch):
+    """Flash and memory-efficient kernels return (B, T, heads, size) transposed (torch/_meta_registrations.py)."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda *given, **named: attend(*given, **named).transpose(1, 2).contiguous().transpose(1, 2),
+    )  # fmt: skip
+    test_greedy_tokens_are_those_of_transformers(name)
 
 
 def test_a_conversation_keeps_its_cache_over_turns(tmp_path):

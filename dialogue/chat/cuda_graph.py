@@ -143,7 +143,7 @@ def pick(logits: Tensor, sampling: Sampling, seen: Tensor, forbidden: Tensor, no
             # Sums from the least probable one up, as in `candidates`; the most probable one always stays.
             up_to = values.softmax(0).flip(0).cumsum(0).flip(0)
             dropped = up_to <= 1 - sampling.top_p
-            dropped[0] = False
+            dropped[:1].fill_(False)  # `dropped[0] = False` would copy from the host, which no graph can hold
             values = values.masked_fill(dropped, -torch.inf)
         probabilities = values.softmax(0)
         if sampling.min_p:
