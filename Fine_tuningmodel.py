@@ -104,6 +104,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     arguments, device = run.arguments, machine.pick_device()
     console = Console(quiet=arguments.process_index > 0)
+    for note in machine.gpu_notes(training=True):
+        show.line(console, note)
     if arguments.push_to_hub and not run.plan_only:
         hub.check_login(arguments.hub_token)
     transformers.set_seed(arguments.seed)
