@@ -298,14 +298,14 @@ def adapter(folder, base):
     from peft import LoraConfig
 
     from dialogue.models import load_base
-    from dialogue.train.lora import attach, save_adapter
+    from dialogue.train.lora import attach, save
 
     tokenizer = byte_tokenizer()
-    roles = add_roles(tokenizer)
+    add_roles(tokenizer)
+    folder.mkdir()
     model = load_base(str(base), torch.float32, torch.device("cpu"), tokenizer)
-    save_adapter(
-        attach(model, LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"), roles), tokenizer, str(folder)
-    )
+    lora = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    save(attach(model, lora, tokenizer), tokenizer, folder)
 
 
 def flip(name):

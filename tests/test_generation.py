@@ -321,16 +321,16 @@ def test_any_command_does_its_work_or_says_what_is_wrong(lines, model, tmp_path,
 def test_an_adapter_folder_is_merged_into_its_base(random_gpt2, tmp_path):
     from peft import LoraConfig
 
-    from dialogue.train.lora import attach, save_adapter
+    from dialogue.train.lora import attach, save
 
     tokenizer = dialogue_tokenizer()
     base = load_base(str(random_gpt2), torch.float32, torch.device("cpu"), tokenizer)
     config = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    trained = attach(base, config, add_roles(tokenizer)).eval()
+    trained = attach(base, config, tokenizer).eval()
     for name, weight in trained.named_parameters():
         if "trainable_tokens" in name:
             weight.data.normal_()
-    save_adapter(trained, tokenizer, str(tmp_path / "lora"))
+    save(trained, tokenizer, tmp_path / "lora")
     model = load(str(tmp_path / "lora"), "float32")
     ids = [*encode_dialogue(tokenizer, ["Hello"])[0], model.roles.bot]
     with torch.no_grad():
