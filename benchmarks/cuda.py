@@ -204,13 +204,7 @@ class Bench:
             model = speedups.apply(self.loaded(tokenizer, dtype, in_8bit))
             head, config = head_of(model), model.config
             trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-            for rows, length, checkpointing in (
-                (2, 512, False),
-                (8, 256, False),
-                (8, 512, False),
-                (8, 256, True),
-                (8, 512, True),
-            ):
+            for rows, length, checkpointing in ((2, 64, True),) if self.tiny else BATCHES:
                 packed = packing.pack(self.prepared(length)[1], tokenizer, length, "both")
                 if checkpointing:
                     model.activation_checkpointing_enable()

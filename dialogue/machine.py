@@ -45,20 +45,16 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
 
 def gpu_notes(training: bool = False) -> list[str]:
     """What a person should know of GPUs that stay unused here, a line each."""
-    if not torch.version.cuda or given_gpus in ("", "-1"):
+    ready = torch.cuda.is_available()
+    if not torch.version.cuda or given_gpus in ("", "-1") or (ready and (not training or "LOCAL_RANK" in os.environ)):
         return []
-    if not torch.cuda.is_available():
-        if not _count_gpus():
-            return []
-        return [
-            f"a GPU is here, and its driver is too old for this torch (CUDA {torch.version.cuda}): the CPU computes; "
-            "update the driver, or `pip install torch --index-url https://download.pytorch.org/whl/cu126`"
-        ]
-    if not training or "LOCAL_RANK" in os.environ:
-        return []
-    count = _count_gpus() if given_gpus is None else len(given_gpus.split(","))
-    command = f"torchrun --nproc_per_node {count} Fine_tuningmodel.py"
-    return [f"the first of {count} GPUs is used; `{command}` uses all"] if count > 1 else []
+    count = len(given_gpus.split(",")) if ready and given_gpus else _count_gpus()
+    if ready and count > 1:
+        command = f"torchrun --nproc_per_node {count} Fine_tuningmodel.py"
+        return [f"the first of {count} GPUs is used; `{command}` uses all"]
+    old = f"a GPU is here, and its driver is too old for this torch (CUDA {torch.version.cuda}): the CPU computes"
+    remedy = "update the driver, or `pip install torch --index-url https://download.pytorch.org/whl/cu126`"
+    return [f"{old}; {remedy}"] if count and not ready else []
 
 
 def _count_gpus() -> int:
@@ -114,13 +110,8 @@ def release_memory() -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether it says that memory did not suffice: a GPU's, or the computer's, in any of the ways that libraries do."""
-    signs = (
-        "out of memory",  # CUDA and MPS, also as torch.AcceleratorError, from a context that finds no room
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "cublasLt ran into an error",  # bitsandbytes
-        "can't allocate memory",  # torch on a CPU
-        "Cannot allocate memory",  # the system, through safetensors among others
-    )
+    # CUDA (also as torch.AcceleratorError) and MPS; cuBLAS; bitsandbytes; torch on a CPU and safetensors
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cublasLt ran into an error", "t allocate memory")
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
     return isinstance(error, (RuntimeError, SafetensorError)) and any(sign in str(error) for sign in signs)
@@ -130,17 +121,14 @@ def out_of_memory_in_words(error: BaseException) -> str:
     """One line: where, how much was asked for and is free, and what to do."""
     on_cpu = isinstance(error, MemoryError) or "llocate memory" in str(error)
     device = torch.device("cpu") if on_cpu else pick_device()
-    facts = []
-    if asked := re.search(r"allocate ([\d.]+) ([KMGT]iB|bytes)", str(error)):
-        size = float(asked[1]) * {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}[asked[2]]
+    facts = [f"out of memory on the {device.type.upper()}"]
+    if asked := re.search(r"allocate ([\d.]+) ([KMGT]?)i?b", str(error), re.IGNORECASE):
+        size = float(asked[1]) * 1024 ** " KMGT".index(asked[2] or " ")
         facts.append(f"{size / 1e9:,.2f} GB more are needed")
     with suppress(RuntimeError):  # without a context the GPU does not say
         facts.append(f"{free_memory(device) / 1e9:,.2f} GB are free")
-    smaller = "close other programs, or take a smaller --preset, --max_length or model"
-    return (
-        f"out of memory on the {device.type.upper()}{': ' if facts else ''}{', '.join(facts)}; {smaller}"
-        f"{'' if device.type == 'cpu' else ', or the CPU (with CUDA_VISIBLE_DEVICES=-1 in the environment)'}"
-    )
+    elsewhere = "" if device.type == "cpu" else ", or the CPU (with CUDA_VISIBLE_DEVICES=-1 in the environment)"
+    return f"{', '.join(facts)}; close other programs, or take a smaller --preset, --max_length or model{elsewhere}"
 
 
 def duration(seconds: float) -> str:

@@ -30,10 +30,7 @@ from dialogue.errors import UserError, in_a_line
 from dialogue.prompt import BOT, END, USER, find_roles, has_vocabulary
 
 # Which projections carry LoRA where `lora_config` names none that the model has.
-LORA_TARGETS = {
-    "gpt2": ["c_attn", "c_proj"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
-}
+LORA_TARGETS = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 # Families whose projections keep their weight as (in, out), transformers' Conv1D, where torch's Linear has
 # (out, in). An int8 base has other layers in their place, but its adapter is merged into the 16-bit one.
@@ -42,10 +39,9 @@ CONV1D_FAMILIES = {"gpt2"}
 STARTER = "SmolLM2-135M-Instruct"  # the one base model that comes from the Python package index
 STARTER_ON_HUB = f"HuggingFaceTB/{STARTER}"
 
-# Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
-# the README, longer than loading them; a chat that starts at once is worth more here than a flipped bit is likely.
+# Bytes. Of larger files only the size is compared: SHA-256 of GPT-2-XL's 3.1 GB takes longer than loading them.
 HASHED_BELOW = 1_000_000_000
-MOST_LAYERS = 1000  # of a model on the hub
+MOST_LAYERS = 1000  # of a model on the hub, whose weights are not here yet
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -119,16 +115,13 @@ def load_config(name: str) -> PretrainedConfig:
                 raise ValueError(f"config.json has an unknown {field}, {getattr(config, field)!r}")
         sizes = _sizes(Path(resolve(name)))
         layers = getattr(config, "num_hidden_layers", 0)
-        # Before anything is built: ten million layers would take hours. Weights on the hub are not here yet.
-        if layers > (len(sizes) or MOST_LAYERS):
+        if layers > (len(sizes) or MOST_LAYERS):  # before anything is built: ten million would take hours
             raise ValueError(f"weights are missing: there are not enough for the {layers:,} layers of config.json")
-        parameters = count_parameters(config)
-        if not parameters or not context_length(config):
+        count, stored = count_parameters(config), sum(sizes)
+        if not count or not context_length(config):
             raise ValueError("it has no parameters, or no context")
-        if sizes and parameters > sum(sizes) and not hasattr(config, "quantization_config"):
-            raise ValueError(
-                f"weights are missing: config.json describes {parameters:,} of them, the file has {sum(sizes):,}"
-            )
+        if 0 < stored < count and not hasattr(config, "quantization_config"):
+            raise ValueError(f"weights are missing: {stored:,} are there, config.json describes {count:,}")
         return config
 
 
@@ -162,8 +155,7 @@ def dialogue_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load(name: str, dtype: torch.dtype | None, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A dialogue model and its tokenizer: a merged model's folder or name on the hub, or adapters' folder, which are
-    merged into their base here.
+    """A dialogue model and its tokenizer, from a merged model's folder or name on the hub, or a folder of adapters.
 
     `dtype` None: as stored; adapters are then merged in float32 on a CPU. Weights come from safetensors only, and no
     code from the folder runs. Raises UserError for anything that is no whole dialogue model.
@@ -212,12 +204,9 @@ def _merge_adapters(
 
 
 def load_base(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    tokenizer: PreTrainedTokenizerBase,
+    name: str, dtype: torch.dtype, device: torch.device, tokenizer: PreTrainedTokenizerBase,
     quant_config: BitsAndBytesConfig | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel:  # fmt: skip
     """The causal language model `name` on `device`, its embedding grown to hold the role tokens of `tokenizer`.
 
     Weights are `dtype`, or int8 under `quant_config` (then `dtype` is what the rest computes in).
@@ -255,20 +244,13 @@ def _load_weights(
     config = load_config(name)
     with _loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(name),
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quant_config,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, in words of our own
-            output_loading_info=True,
-            **where(name),
-        )
+            resolve(name), config=config, dtype=dtype, device_map={"": device}, quantization_config=quant_config,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **where(name),
+        )  # fmt: skip
         model, found = loaded
         if found["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"weights are missing, {min(found['missing_keys'])} for one")
-        for weight, stored, described in found["mismatched_keys"]:
+        for weight, stored, described in found["mismatched_keys"]:  # refused here, in words of our own
             raise ValueError(f"{weight} has the shape {tuple(stored)}, config.json says {tuple(described)}")
     return model
 
@@ -276,9 +258,8 @@ def _load_weights(
 def _check_whole(name: str) -> None:
     """Raises UserError for a folder whose files are not those of its manifest."""
     if problem := storage.damage(Path(resolve(name)), HASHED_BELOW):
-        raise UserError(
-            f"{name} is broken: {problem}; write it again, or where you changed it, delete its {storage.MANIFEST}"
-        )
+        advice = f"write it again, or where you changed it, delete its {storage.MANIFEST}"
+        raise UserError(f"{name} is broken: {problem}; {advice}")
 
 
 @contextmanager
@@ -286,17 +267,14 @@ def _loading(name: str) -> Iterator[None]:
     """Inside, what a library raises becomes a UserError about the model `name`; out of memory stays what it is."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:  # a broken folder fails in a library, in as many ways as there are files
-        if machine.is_out_of_memory(error):
+        if isinstance(error, UserError) or machine.is_out_of_memory(error):
             raise
         reason = in_a_line(error)
         if "above report" in reason:  # nobody sees it
             reason = "a weight could not be converted: its file is broken, or memory is too small"
         if os.path.isdir(name):
             raise UserError(f"{name} cannot be loaded: {reason}; write it again, or take another") from error
-        raise UserError(
-            f"base model {name} cannot be loaded (no network and not in the cache, or no such model): {reason}; "
-            "`--base_model FOLDER` takes a local one, and `--preset starter` needs the Python package index only"
-        ) from error
+        advice = "`--base_model FOLDER` takes a local one, and `--preset starter` needs the Python package index only"
+        where_not = "no network and not in the cache, or no such model"
+        raise UserError(f"base model {name} cannot be loaded ({where_not}): {reason}; {advice}") from error

@@ -504,7 +504,7 @@ def test_too_little_memory_is_one_line(error, here, capsys):
         raise error
 
     assert exit_code(run) == 2
-    line = one_line(capsys.readouterr(), r"out of memory on the \w+: .* GB are free; close other programs")
+    line = one_line(capsys.readouterr(), r"out of memory on the \w+, .* GB are free; close other programs")
     assert "1.61 GB more are needed" in line or "GiB" not in str(error)
     with pytest.raises(type(error)):
         exit_code(run, debug=True)
@@ -518,7 +518,7 @@ def test_too_little_memory_while_a_model_loads_or_replies(merged, base, here, ca
     chat._load.cache_clear()
     for run in (lambda: say("--model", str(merged)), lambda: train(base)):
         assert run() == 2
-        one_line(capsys.readouterr(), r"out of memory on the CPU: 4,000,000.00 GB more are needed, .* GB are free")
+        one_line(capsys.readouterr(), r"out of memory on the CPU, 4,000,000.00 GB more are needed, .* GB are free")
     monkeypatch.undo()
     monkeypatch.setattr("dialogue.chat.decoder.Decoder.step", take_too_much)
     assert say("--model", str(merged)) == 2

@@ -159,16 +159,12 @@ def make(model: PreTrainedModel, precision: str, limit: int) -> Engine:
 def proved(model: PreTrainedModel, limit: int) -> Engine:
     """A `GraphDecoder` that draws what transformers would draw; where it does not, transformers' own engine, and a
     line on standard error says why. Its graph for a first reply is recorded then."""
-    engine: GraphDecoder | None = None
     try:
         engine = GraphDecoder(model, limit)
-        problem = difference(engine, model)
+        if not (problem := difference(engine, model)):
+            return engine
     except Exception as error:  # a driver, a kernel or the memory: whatever it is, the chat can go on
         problem = in_a_line(error)
-    if engine and not problem:
-        return engine
-    engine = None
-    machine.release_memory()
     print(f"the fast engine for GPUs does not work here ({problem}): transformers' own is used", file=sys.stderr)
     return TransformersEngine(model)
 
