@@ -29,14 +29,12 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
-    """The dtype of that name, else the fastest dtype in which weights can be kept and trained against on `device`.
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype in which weights can be kept and trained against on `device`.
 
     On a CPU that multiplies bfloat16 itself it is several times faster than float32, and several times slower where
     it is emulated. Not measured: a busy machine would choose otherwise.
     """
-    if name:
-        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     known = torch.cpu.get_capabilities() if device.type == "cpu" else {}

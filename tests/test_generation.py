@@ -38,7 +38,7 @@ def merged(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(merged):
     """That model, loaded; conversations may take turns on it."""
-    return load(str(merged), "float32")
+    return load(str(merged), "float32", device="cpu")
 
 
 @pytest.fixture

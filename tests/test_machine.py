@@ -70,4 +70,3 @@ def test_a_cpus_dtype_is_what_it_can_multiply_and_no_clock_decides(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         assert machine.pick_dtype(CPU) == dtype
     assert machine.pick_dtype(torch.device("mps")) == torch.float32
-    assert machine.pick_dtype(CPU, "bfloat16") == torch.bfloat16
