@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 def fine_tune(run: options.Run) -> None:
     """Dialogues -> rows -> rehearsal and plan -> adapters -> merged model with its certificate."""
     device, console = machine.pick_device(), Console(quiet=run.arguments.process_index > 0)
+    show.line(console, "\n".join(machine.gpu_notes(training=True)))
     transformers.set_seed(run.arguments.seed)
 
     # Dialogues -> rows of token ids

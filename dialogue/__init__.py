@@ -1,11 +1,21 @@
 """What the two scripts call, one module for each station that a dialogue passes through.
 
-Importing it before the libraries keeps two of them from warning, at their own import, about what nobody can act on, and
-oneDNN from hoarding.
+Importing it before the libraries keeps two of them from warning, at their own import, about what nobody can act on,
+oneDNN from hoarding, and torch from using GPUs that nobody asked it to use.
 """
 
 import logging
 import os
+import sys
+
+# Of several GPUs only torchrun uses more than the first. Without it Trainer would put as many micro-batches into one
+# as it sees GPUs (`TrainingArguments.n_gpu`), which is neither what was rehearsed nor what was asked for.
+given_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+if "LOCAL_RANK" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ("0" if given_gpus is None else given_gpus).split(",")[0]
+# Keys and values grow with each token of a reply; blocks of fixed sizes would leave holes.
+if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 # oneDNN keeps a kernel for each shape that it has multiplied, 1024 by default, and dialogues have many lengths: the
 # starter's process grew by 0.5 GB in 40 steps. With fewer a step takes as long (source: oneDNN, "Primitive Cache").

@@ -86,9 +86,9 @@ class Signals:
 
 
 def exit_code(run: Callable[[], None], debug: bool = False) -> int:
-    """Call `run`; 0 when it returns, 2 after a `UserError` (one line on standard error), 128 + its number after
-    a signal: 130 for Ctrl-C, 143 for SIGTERM. Any other exception is a bug and keeps its traceback, as all do
-    with `debug`."""
+    """Call `run`; 0 when it returns, 2 after a `UserError` or where memory is too small (one line on standard error),
+    128 + its number after a signal: 130 for Ctrl-C, 143 for SIGTERM. Any other exception is a bug and keeps its
+    traceback, as all do with `debug`."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # any bytes can come in, and any code page be written to
@@ -103,6 +103,13 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 128 + getattr(stop, "number", signal.SIGINT)
+    except Exception as error:
+        from dialogue import machine  # torch takes seconds to import; a mistake is said before
+
+        if debug or not machine.is_out_of_memory(error):
+            raise
+        print(f"error: {plain(machine.out_of_memory_in_words(error))}", file=sys.stderr)
+        return 2
     return 0
 
 

@@ -28,7 +28,6 @@ from dialogue.errors import UserError, exit_code
 from dialogue.measure import merge
 from dialogue.measure.likelihood import Estimate, Score, bootstrap, score_each
 from dialogue.measure.replies import CHAT, OPENERS, Context, Reply, answer, check_openers, find_contexts, measure
-from dialogue.prompt import find_roles
 from dialogue.storage import RUN_FILE, read_json, write_json
 
 REFERENCE_PACKAGES = "sacrebleu==2.6.0 rouge-score==0.1.2"
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     console = Console()
     run = _run_settings(Path(flags.model))
-    tokenizer = models.load_tokenizer(flags.model)
+    tokenizer = models.dialogue_tokenizer(flags.model)
     loaders = _loaders(flags.model, flags.base or run.get("base_model"), tokenizer)
     if flags.compare:
         compare(console, loaders, tokenizer, flags.max_t, flags.seed)
@@ -228,10 +227,6 @@ def _run_settings(model: Path) -> dict[str, Any]:
 
 def _loaders(name: str, base: str | None, tokenizer: PreTrainedTokenizerBase) -> dict[str, Callable[[], Any]]:
     """Functions that load the untuned base and the tuned model, in one precision and with the same role tokens."""
-    try:
-        find_roles(tokenizer)
-    except LookupError as error:
-        raise UserError(f"{name} is no dialogue model: {error}") from error
     if not base:
         raise UserError(f"{name} does not say which model it was trained from: give --base")
     device = machine.pick_device()
@@ -240,15 +235,7 @@ def _loaders(name: str, base: str | None, tokenizer: PreTrainedTokenizerBase) ->
     def load_base() -> Any:
         return models.load_base(base, dtype, device, tokenizer).eval()
 
-    def load_tuned() -> Any:
-        try:
-            if not Path(name, "adapter_config.json").is_file():
-                return merge.load_merged(Path(name), dtype, device)
-            return merge.PeftModel.from_pretrained(load_base(), name).merge_and_unload().eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f"{name} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
-
-    return {"base": load_base, "tuned": load_tuned}
+    return {"base": load_base, "tuned": lambda: models.load(name, dtype, device)[0]}
 
 
 if __name__ == "__main__":

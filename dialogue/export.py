@@ -6,16 +6,16 @@
 CTranslate2, vLLM and `transformers serve` read the merged folder as it is.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dialogue.errors import UserError, exit_code
+from dialogue.errors import Parser, UserError, exit_code
+from dialogue.models import load, load_config
 from dialogue.prompt import find_roles
 from dialogue.storage import read_json
 
@@ -36,12 +36,9 @@ def write_gguf(folder: Path, target: Path) -> None:
 
     if not (folder / "config.json").is_file():
         raise UserError(f"no merged model in {folder}/: train one first with `python Fine_tuningmodel.py`")
-    try:
-        config, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        find_roles(tokenizer)
-    except (OSError, ValueError, LookupError) as error:
-        raise UserError(f"{folder} holds no dialogue model: {' '.join(str(error).split())[:200]}") from error
+    config = load_config(str(folder))
     _check_family(config)
+    model, tokenizer = load(str(folder), torch.float16, torch.device("cpu"))
     beside = target.with_name(f".{target.name}.unfinished")
     writer = GGUFWriter(beside, config.model_type)
     writer.add_name(folder.resolve().name)
@@ -49,7 +46,6 @@ def write_gguf(folder: Path, target: Path) -> None:
     try:
         _add_tokenizer(writer, folder, tokenizer, config.vocab_size)
         names = get_tensor_name_map(MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
         for name, tensor in model.state_dict().items():
             if name == "lm_head.weight" and config.tie_word_embeddings:
                 continue  # llama.cpp takes the embedding where there is no head
@@ -143,7 +139,7 @@ def _add_tokenizer(writer: Any, folder: Path, tokenizer: PreTrainedTokenizerBase
 
 def main(argv: list[str] | None = None) -> None:
     """Write the file, and say what to do with it."""
-    parser = argparse.ArgumentParser(prog="python -m dialogue.export", description="Write the merged model as GGUF.")
+    parser = Parser(prog="python -m dialogue.export", description="Write the merged model as GGUF.")
     parser.add_argument("format", choices=["gguf"])
     parser.add_argument("--model", type=Path, default=Path("gpt2-dialogue-full"), metavar="DIR")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the folder, with .gguf")

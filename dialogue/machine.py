@@ -1,11 +1,13 @@
 """The machine: its device, the dtype that suits it, memory in bytes, versions, and times in words."""
 
 import ctypes
+import errno
 import gc
 import os
 import platform
+import re
+import subprocess
 import sys
-import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +15,9 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors import SafetensorError
+
+from dialogue import given_gpus
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "datasets", "accelerate")
 
@@ -24,31 +29,39 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
-    """The dtype of that name, else the fastest dtype in which weights can be kept and trained against on `device`.
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype in which weights can be kept and trained against on `device`.
 
-    On a CPU it is measured, since bfloat16 is several times faster than float32 where the processor
-    multiplies it (AMX, AVX512-BF16) and several times slower where it is emulated; no library call
-    tells which. Takes some 50 ms.
+    On a CPU that multiplies bfloat16 itself it is several times faster than float32, and several times slower where
+    it is emulated. Not measured: a busy machine would choose otherwise.
     """
-    if name:
-        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "mps":
-        return torch.float32
-    return torch.bfloat16 if _matmul_seconds(torch.bfloat16) < _matmul_seconds(torch.float32) else torch.float32
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else torch.float32
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Best of four (256, 768) x (768, 3072) products: the shape of a GPT-2 projection."""
-    activations, weight = torch.ones(256, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.nn.functional.linear(activations, weight)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def gpu_notes(training: bool = False) -> list[str]:
+    """What a person should know of GPUs that stay unused here, a line each."""
+    ready = torch.cuda.is_available()
+    if not torch.version.cuda or given_gpus in ("", "-1") or (ready and (not training or "LOCAL_RANK" in os.environ)):
+        return []
+    count = len(given_gpus.split(",")) if ready and given_gpus else _count_gpus()
+    if ready and count > 1:
+        command = f"torchrun --nproc_per_node {count} Fine_tuningmodel.py"
+        return [f"the first of {count} GPUs is used; `{command}` uses all"]
+    old = f"a GPU is here, and its driver is too old for this torch (CUDA {torch.version.cuda}): the CPU computes"
+    remedy = "update the driver, or `pip install torch --index-url https://download.pytorch.org/whl/cu126`"
+    return [f"{old}; {remedy}"] if count and not ready else []
+
+
+def _count_gpus() -> int:
+    """NVIDIA's GPUs as their driver counts them; 0 where there is no driver."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
 def free_memory(device: torch.device, processes: int = 1) -> int:
@@ -93,6 +106,29 @@ def release_memory() -> None:
         trim(0)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory did not suffice: a GPU's, or the computer's, in any of the ways that libraries do."""
+    # CUDA (also as torch.AcceleratorError) and MPS; cuBLAS; bitsandbytes; torch on a CPU and safetensors
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cublasLt ran into an error", "t allocate memory")
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, (RuntimeError, SafetensorError)) and any(sign in str(error) for sign in signs)
+
+
+def out_of_memory_in_words(error: BaseException) -> str:
+    """One line: where, how much was asked for and is free, and what to do."""
+    on_cpu = isinstance(error, MemoryError) or "llocate memory" in str(error)
+    device = torch.device("cpu") if on_cpu else pick_device()
+    facts = [f"out of memory on the {device.type.upper()}"]
+    if asked := re.search(r"allocate ([\d.]+) ([KMGT]?)i?b", str(error), re.IGNORECASE):
+        size = float(asked[1]) * 1024 ** " KMGT".index(asked[2] or " ")
+        facts.append(f"{size / 1e9:,.2f} GB more are needed")
+    with suppress(RuntimeError):  # without a context the GPU does not say
+        facts.append(f"{free_memory(device) / 1e9:,.2f} GB are free")
+    elsewhere = "" if device.type == "cpu" else ", or the CPU (with CUDA_VISIBLE_DEVICES=-1 in the environment)"
+    return f"{', '.join(facts)}; close other programs, or take a smaller --preset, --max_length or model{elsewhere}"
+
+
 def duration(seconds: float) -> str:
     """95 -> '1 min 35 s'; 900 -> '15 min'; 5400 -> '1.5 h'; 200000 -> '2.3 days'."""
     if seconds < 60:
@@ -124,8 +160,3 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the computer had too little memory."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError))

@@ -1,14 +1,19 @@
-"""The table of base models; loading one in a precision that suits the machine.
+"""The table of base models; loading one, or a dialogue model: the one place that reads weights, with all its checks.
 
 What differs between model families stands in `LORA_TARGETS` and `CONV1D_FAMILIES`, and nowhere else.
 """
 
+import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,16 +23,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import ACT2FN
 
 from dialogue import hub, machine, storage, wheels
 from dialogue.errors import UserError, in_a_line
-from dialogue.prompt import BOT, END, USER, has_vocabulary
+from dialogue.prompt import BOT, END, USER, find_roles, has_vocabulary
 
 # Which projections carry LoRA where `lora_config` names none that the model has.
-LORA_TARGETS = {
-    "gpt2": ["c_attn", "c_proj"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
-}
+LORA_TARGETS = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 
 # Families whose projections keep their weight as (in, out), transformers' Conv1D, where torch's Linear has
 # (out, in). An int8 base has other layers in their place, but its adapter is merged into the 16-bit one.
@@ -35,6 +38,10 @@ CONV1D_FAMILIES = {"gpt2"}
 
 STARTER = "SmolLM2-135M-Instruct"  # the one base model that comes from the Python package index
 STARTER_ON_HUB = f"HuggingFaceTB/{STARTER}"
+
+# Bytes. Of larger files only the size is compared: SHA-256 of GPT-2-XL's 3.1 GB takes longer than loading them.
+HASHED_BELOW = 1_000_000_000
+MOST_LAYERS = 1000  # of a model on the hub, whose weights are not here yet
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -100,38 +107,106 @@ def starter_folder() -> Path:
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """The base model's config. Raises UserError where there is none to be had, or none of a language model."""
-    try:
+    """A model's config. Raises UserError where there is none to be had, or one that its weights cannot have."""
+    with _loading(name):
         config = AutoConfig.from_pretrained(resolve(name), **where(name))
-        if count_parameters(config) and context_length(config):
-            return config
-        raise ValueError("it has no parameters, or no context")
-    except UserError:
-        raise
-    except Exception as error:  # a broken folder fails in a library, in as many ways as there are files
-        raise _unavailable(name, error) from error
+        for field in ("activation_function", "hidden_act"):
+            if getattr(config, field, None) not in (None, *ACT2FN):
+                raise ValueError(f"config.json has an unknown {field}, {getattr(config, field)!r}")
+        sizes = _sizes(Path(resolve(name)))
+        layers = getattr(config, "num_hidden_layers", 0)
+        if layers > (len(sizes) or MOST_LAYERS):  # before anything is built: ten million would take hours
+            raise ValueError(f"weights are missing: there are not enough for the {layers:,} layers of config.json")
+        count, stored = count_parameters(config), sum(sizes)
+        if not count or not context_length(config):
+            raise ValueError("it has no parameters, or no context")
+        if 0 < stored < count and not hasattr(config, "quantization_config"):
+            raise ValueError(f"weights are missing: {stored:,} are there, config.json describes {count:,}")
+        return config
+
+
+def _sizes(folder: Path) -> list[int]:
+    """Elements of each tensor in a folder's safetensors, from their headers; none where there is no such folder."""
+    sizes = []
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, "pt") as file:
+            sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys()]
+    return sizes
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, as it comes. Raises UserError where there is none."""
-    try:
+    """A model's tokenizer, as it comes. Raises UserError where there is none."""
+    with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), **where(name))
-        if has_vocabulary(tokenizer):
-            return tokenizer
-        raise ValueError("its tokenizer has no vocabulary")
-    except UserError:
-        raise
-    except Exception as error:
-        raise _unavailable(name, error) from error
+        if not has_vocabulary(tokenizer):
+            raise ValueError("its tokenizer has no vocabulary")
+        return tokenizer
+
+
+def dialogue_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a dialogue model. Raises UserError for a folder that is damaged, and where it has no roles."""
+    _check_whole(name)
+    tokenizer = load_tokenizer(name)
+    try:
+        find_roles(tokenizer)
+    except LookupError as error:
+        raise UserError(f"{name} is no dialogue model: {error}; train one with `python Fine_tuningmodel.py`") from error
+    return tokenizer
+
+
+def load(name: str, dtype: torch.dtype | None, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A dialogue model and its tokenizer, from a merged model's folder or name on the hub, or a folder of adapters.
+
+    `dtype` None: as stored; adapters are then merged in float32 on a CPU. Weights come from safetensors only, and no
+    code from the folder runs. Raises UserError for anything that is no whole dialogue model.
+    """
+    tokenizer = dialogue_tokenizer(name)
+    if Path(name, "adapter_config.json").is_file():
+        dtype = dtype or (torch.float32 if device.type == "cpu" else machine.pick_dtype(device))
+        model = _merge_adapters(Path(name), dtype, device, tokenizer)
+    else:
+        model = _load_weights(name, dtype or "auto", device)
+    rows = model.get_output_embeddings().weight.shape[0]
+    if rows <= max(tokenizer.get_vocab().values()):
+        raise UserError(f"{name} is broken: its tokenizer knows more tokens than the model's {rows}")
+    return model, tokenizer
+
+
+def _merge_adapters(
+    folder: Path, dtype: torch.dtype, device: torch.device, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    """The base model of the adapters in `folder`, with them merged into it."""
+    from peft import PeftModel, PeftType, get_peft_model_state_dict  # seconds that a merged model does not cost
+
+    name, weights = str(folder), folder / "adapter_model.safetensors"
+    with _loading(name):
+        if not weights.is_file():
+            raise ValueError("it has no adapter_model.safetensors, and pickled adapters are not read")
+        said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if said.get("peft_type") not in PeftType.__members__:
+            raise ValueError(f"adapter_config.json has an unknown peft_type, {said.get('peft_type')!r}")
+        if not (base := said.get("base_model_name_or_path")):
+            raise ValueError("adapter_config.json names no base model (base_model_name_or_path)")
+    try:
+        _check_whole(base)
+        model: Any = _load_weights(base, dtype, device)
+    except UserError as error:
+        raise UserError(f"{name} holds adapters of {base}, which cannot be loaded: {error}") from error
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # the adapter brings the new rows
+    with _loading(name):
+        tuned = PeftModel.from_pretrained(model, name)
+        with safe_open(weights, "pt") as file:  # PEFT would warn, and go on with what LoRA begins with
+            missing = get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - set(file.offset_keys())
+        if missing:
+            raise ValueError(f"weights are missing, {min(missing)} for one")
+        return tuned.merge_and_unload()
 
 
 def load_base(
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    tokenizer: PreTrainedTokenizerBase,
+    name: str, dtype: torch.dtype, device: torch.device, tokenizer: PreTrainedTokenizerBase,
     quant_config: BitsAndBytesConfig | None = None,
-) -> PreTrainedModel:
+) -> PreTrainedModel:  # fmt: skip
     """The causal language model `name` on `device`, its embedding grown to hold the role tokens of `tokenizer`.
 
     Weights are `dtype`, or int8 under `quant_config` (then `dtype` is what the rest computes in).
@@ -140,24 +215,8 @@ def load_base(
     (source: `mean_resizing` in `PreTrainedModel.resize_token_embeddings`).
     Raises UserError where the model cannot be had.
     """
-    model: Any
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(name),
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=quant_config,
-            use_safetensors=True,
-            output_loading_info=True,
-            **where(name),
-        )
-        model, found = loaded
-        if found["missing_keys"]:  # transformers would go on with random weights
-            raise ValueError(f"weights are missing, {min(found['missing_keys'])} for one")
-    except (UserError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise _unavailable(name, error) from error
+    _check_whole(name)
+    model: Any = _load_weights(name, dtype, device, quant_config)
     if quant_config and device.type == "cpu":
         # What stayed in 16 bits is a view of the file, which would keep all of the file in memory.
         for parameter in model.parameters():
@@ -178,11 +237,44 @@ def load_base(
     return model
 
 
-def _unavailable(name: str, error: Exception) -> UserError:
-    reason = in_a_line(error)
-    if os.path.isdir(name):
-        return UserError(f"{name} holds no usable model: {reason}")
-    return UserError(
-        f"base model {name} cannot be loaded (no network and not in the cache, or no such model): {reason}; "
-        "`--base_model FOLDER` takes a local one, and `--preset starter` needs the Python package index only"
-    )
+def _load_weights(
+    name: str, dtype: torch.dtype | str, device: torch.device, quant_config: BitsAndBytesConfig | None = None
+) -> PreTrainedModel:
+    """The model `name` with all of its weights, each of the shape that its config says."""
+    config = load_config(name)
+    with _loading(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(name), config=config, dtype=dtype, device_map={"": device}, quantization_config=quant_config,
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **where(name),
+        )  # fmt: skip
+        model, found = loaded
+        if found["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"weights are missing, {min(found['missing_keys'])} for one")
+        for weight, stored, described in found["mismatched_keys"]:  # refused here, in words of our own
+            raise ValueError(f"{weight} has the shape {tuple(stored)}, config.json says {tuple(described)}")
+    return model
+
+
+def _check_whole(name: str) -> None:
+    """Raises UserError for a folder whose files are not those of its manifest."""
+    if problem := storage.damage(Path(resolve(name)), HASHED_BELOW):
+        advice = f"write it again, or where you changed it, delete its {storage.MANIFEST}"
+        raise UserError(f"{name} is broken: {problem}; {advice}")
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Inside, what a library raises becomes a UserError about the model `name`; out of memory stays what it is."""
+    try:
+        yield
+    except Exception as error:  # a broken folder fails in a library, in as many ways as there are files
+        if isinstance(error, UserError) or machine.is_out_of_memory(error):
+            raise
+        reason = in_a_line(error)
+        if "above report" in reason:  # nobody sees it
+            reason = "a weight could not be converted: its file is broken, or memory is too small"
+        if os.path.isdir(name):
+            raise UserError(f"{name} cannot be loaded: {reason}; write it again, or take another") from error
+        advice = "`--base_model FOLDER` takes a local one, and `--preset starter` needs the Python package index only"
+        where_not = "no network and not in the cache, or no such model"
+        raise UserError(f"base model {name} cannot be loaded ({where_not}): {reason}; {advice}") from error

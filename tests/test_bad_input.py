@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import Fine_tuningmodel as script
 import main as chat
-from dialogue import storage
+from dialogue import evaluate, export, machine, storage
 from dialogue.errors import UserError, exit_code
 from dialogue.prompt import add_roles
 from dialogue.train import trainer
@@ -189,31 +189,31 @@ def cut(name, keep=0.5):
 
 
 WRONG_BASE = {
-    "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "holds no usable model"),
-    "no config": (lambda f: (f / "config.json").unlink(), "holds no usable model"),
-    "a config cut in half": (cut("config.json"), "holds no usable model"),
-    "a config that is a list": (lambda f: (f / "config.json").write_text("[1]"), "holds no usable model"),
+    "an empty folder": (lambda f: [p.unlink() for p in f.iterdir()], "cannot be loaded"),
+    "no config": (lambda f: (f / "config.json").unlink(), "cannot be loaded"),
+    "a config cut in half": (cut("config.json"), "cannot be loaded"),
+    "a config that is a list": (lambda f: (f / "config.json").write_text("[1]"), "cannot be loaded"),
     "an unknown kind of model": (lambda f: change_json(f, "config.json", model_type="abacus"), "abacus|model_type"),
-    "a model that is no language model": (lambda f: change_json(f, "config.json", model_type="vit"), "ViT|no usable"),
-    "a config of nonsense": (lambda f: change_json(f, "config.json", n_head=0), "holds no usable model|n_head"),
-    "a config of text for numbers": (lambda f: change_json(f, "config.json", n_embd="many"), "holds no usable model"),
-    "a context of three tokens": (lambda f: change_json(f, "config.json", n_positions=3), "--max_length|no usable"),
-    "weights cut short": (cut("model.safetensors"), "holds no usable model"),
-    "weights of zero bytes": (cut("model.safetensors", 0), "holds no usable model"),
-    "weights that are text": (lambda f: (f / "model.safetensors").write_text("hello"), "holds no usable model"),
+    "a model that is no language model": (lambda f: change_json(f, "config.json", model_type="vit"), "ViT|be loaded"),
+    "a config of nonsense": (lambda f: change_json(f, "config.json", n_head=0), "cannot be loaded|n_head"),
+    "a config of text for numbers": (lambda f: change_json(f, "config.json", n_embd="many"), "cannot be loaded"),
+    "a context of three tokens": (lambda f: change_json(f, "config.json", n_positions=3), "--max_length|be loaded"),
+    "weights cut short": (cut("model.safetensors"), "cannot be loaded"),
+    "weights of zero bytes": (cut("model.safetensors", 0), "cannot be loaded"),
+    "weights that are text": (lambda f: (f / "model.safetensors").write_text("hello"), "cannot be loaded"),
     "pickled weights only": (to_pickle, "safetensors"),
     "weights of another shape": (
-        lambda f: change_weights(f, lambda n, w: w[:5] if "wte" in n else w), "holds no usable model|shape",
+        lambda f: change_weights(f, lambda n, w: w[:5] if "wte" in n else w), "cannot be loaded|shape",
     ),
-    "weights that are missing": (lambda f: change_json(f, "config.json", n_layer=3), r"weights are missing|no usable"),
+    "weights that are missing": (lambda f: change_json(f, "config.json", n_layer=3), "weights are missing"),
     "weights that are NaN": (lambda f: change_weights(f, lambda n, w: w * torch.nan), "not finite|broken"),
     "weights that are integers": (
         lambda f: change_weights(f, lambda n, w: w.to(torch.int32)), "not finite|broken|no gradient",
     ),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
-    "a tokenizer cut in half": (cut("tokenizer.json"), "holds no usable model|tokenizer"),
-    "a tokenizer of zero bytes": (cut("tokenizer.json", 0), "holds no usable model|tokenizer"),
-    "code beside the model": (with_code, "trust_remote_code|holds no usable model"),
+    "a tokenizer cut in half": (cut("tokenizer.json"), "cannot be loaded|tokenizer"),
+    "a tokenizer of zero bytes": (cut("tokenizer.json", 0), "cannot be loaded|tokenizer"),
+    "code beside the model": (with_code, "trust_remote_code|cannot be loaded"),
 }  # fmt: skip
 
 
@@ -298,14 +298,14 @@ def adapter(folder, base):
     from peft import LoraConfig
 
     from dialogue.models import load_base
-    from dialogue.train.lora import attach, save_adapter
+    from dialogue.train.lora import attach, save
 
     tokenizer = byte_tokenizer()
-    roles = add_roles(tokenizer)
+    add_roles(tokenizer)
+    folder.mkdir()
     model = load_base(str(base), torch.float32, torch.device("cpu"), tokenizer)
-    save_adapter(
-        attach(model, LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM"), roles), tokenizer, str(folder)
-    )
+    lora = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+    save(attach(model, lora, tokenizer), tokenizer, folder)
 
 
 def flip(name):
@@ -368,6 +368,162 @@ def test_wrong_model(what, merged, base, here, capsys):
     assert say("--model", "./model") == 2
     one_line(capsys.readouterr(), said)
     assert not (here / "owned").exists()
+
+
+# ---- Every reader of a model's folder: chat, evaluation, export, and the training that starts from one ----
+
+
+def without(folder, name):
+    path = folder / "model.safetensors"
+    save_file({key: weight for key, weight in load_file(path).items() if key != name}, path, {"format": "pt"})
+
+
+def fewer_rows(folder):
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    change_json(folder, "config.json", vocab_size=size - 1)
+    change_weights(folder, lambda name, weight: weight[: size - 1] if "wte" in name else weight)
+
+
+def without_roles(folder):
+    byte_tokenizer().save_pretrained(folder)
+
+
+def sealed(change):
+    """The change comes after the manifest."""
+
+    def both(folder):
+        storage.seal(folder)
+        change(folder)
+
+    return both
+
+
+WRONG_FOLDERS = {
+    "pickled weights only": (to_pickle, "safetensors"),
+    "code beside the model": (with_code, "cannot be loaded"),
+    "ten million layers": (lambda f: change_json(f, "config.json", n_layer=10**7), "weights are missing"),
+    "a vocabulary of a trillion": (lambda f: change_json(f, "config.json", vocab_size=10**12), "weights are missing"),
+    "a weight that is missing": (lambda f: without(f, "transformer.h.0.ln_1.bias"), "weights are missing"),
+    "a weight that is missing, and another too many": (
+        lambda f: change_weights(f, lambda n, w: w) or save_file(
+            {n.replace("ln_f.bias", "ln_g.bias"): w for n, w in load_file(f / "model.safetensors").items()},
+            f / "model.safetensors", {"format": "pt"},
+        ), r"weights are missing, transformer.ln_f.bias",
+    ),
+    "weights of another shape": (
+        lambda f: change_weights(f, lambda n, w: w.flatten() if n.endswith("c_fc.weight") else w), "has the shape",
+    ),
+    "an activation that nobody knows": (
+        lambda f: change_json(f, "config.json", activation_function="evil"), "unknown activation_function, 'evil'",
+    ),
+    "no vocabulary": (
+        lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "cannot be loaded",
+    ),
+    "a flipped byte": (sealed(flip("model.safetensors")), "model.safetensors is not what was written"),
+    "fewer rows than tokens": (fewer_rows, "knows more tokens"),
+    "no roles": (without_roles, "is no dialogue model"),
+}  # fmt: skip
+
+WRONG_ADAPTERS = {
+    "pickled weights": (pickled_adapter, "no adapter_model.safetensors"),
+    "an unknown kind": (
+        lambda f: change_json(f, "adapter_config.json", peft_type="EVIL"), "unknown peft_type, 'EVIL'",
+    ),
+    "no base model": (
+        lambda f: change_json(f, "adapter_config.json", base_model_name_or_path=None), "names no base model",
+    ),
+    "a weight that is missing": (
+        lambda f: save_file(dict(list(load_file(f / "adapter_model.safetensors").items())[1:]),
+                            f / "adapter_model.safetensors"), "weights are missing",
+    ),
+    "a flipped byte": (sealed(flip("adapter_model.safetensors")), "safetensors is not what was written"),
+}  # fmt: skip
+
+
+def score(folder, base):
+    few = ["--max_dialogues", "1", "--contexts", "1", "--max_t", "1"]
+    return exit_code(lambda: evaluate.main(["--model", folder, "--base", str(base), "--dataset", "talk.jsonl", *few]))
+
+
+READERS = {
+    "chat": lambda folder, base: say("--model", folder),
+    "evaluation": score,
+    "export": lambda folder, base: exit_code(lambda: export.main(["gguf", "--model", folder, "--out", "x.gguf"])),
+    "training": lambda folder, base: train(folder),
+}
+
+
+@pytest.mark.parametrize("who", READERS)
+@pytest.mark.parametrize("what", WRONG_FOLDERS)
+def test_every_reader_makes_the_same_checks(who, what, merged, base, here, capsys):
+    if who == "training" and what in ("fewer rows than tokens", "no roles"):
+        pytest.skip("a base model needs no roles, and its embedding grows")
+    shutil.copytree(merged, here / "model")
+    (here / "model" / storage.MANIFEST).unlink()
+    change, said = WRONG_FOLDERS[what]
+    change(here / "model")
+    chat._load.cache_clear()
+    assert READERS[who]("./model", base) == 2
+    one_line(capsys.readouterr(), said)
+    assert not (here / "owned").exists() and not list(here.glob("*.gguf*"))
+
+
+@pytest.mark.parametrize("who", ["chat", "evaluation"])
+@pytest.mark.parametrize("what", WRONG_ADAPTERS)
+def test_adapters_are_checked_too(who, what, base, here, capsys):
+    adapter(here / "model", base)
+    change, said = WRONG_ADAPTERS[what]
+    change(here / "model")
+    chat._load.cache_clear()
+    assert READERS[who]("./model", base) == 2
+    one_line(capsys.readouterr(), said)
+
+
+def test_the_wrong_flag_of_an_export_is_one_line(here, capsys):
+    for flags in ([], ["gguf", "--modle", "x"], ["onnx"]):
+        assert exit_code(lambda flags=flags: export.main(flags)) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ---- Memory that is too small ---------------------------------------------------------------------------
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has a total capacity of 8 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cublasLt ran into an error!"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:30])
+def test_too_little_memory_is_one_line(error, here, capsys):
+    def run():
+        raise error
+
+    assert exit_code(run) == 2
+    line = one_line(capsys.readouterr(), r"out of memory on the \w+, .* GB are free; close other programs")
+    assert "1.61 GB more are needed" in line or "GiB" not in str(error)
+    with pytest.raises(type(error)):
+        exit_code(run, debug=True)
+
+
+def test_too_little_memory_while_a_model_loads_or_replies(merged, base, here, capsys, monkeypatch):
+    def take_too_much(*_, **__):
+        torch.empty(10**15)
+
+    monkeypatch.setattr("dialogue.models.AutoModelForCausalLM.from_pretrained", take_too_much)
+    chat._load.cache_clear()
+    for run in (lambda: say("--model", str(merged)), lambda: train(base)):
+        assert run() == 2
+        one_line(capsys.readouterr(), r"out of memory on the CPU, 4,000,000.00 GB more are needed, .* GB are free")
+    monkeypatch.undo()
+    monkeypatch.setattr("dialogue.chat.decoder.Decoder.step", take_too_much)
+    assert say("--model", str(merged)) == 2
+    one_line(capsys.readouterr(), "out of memory on the CPU")
+    assert not machine.is_out_of_memory(RuntimeError("shape mismatch")), "a bug keeps its traceback"
 
 
 WRONG_WORDS = [

@@ -38,7 +38,7 @@ def merged(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(merged):
     """That model, loaded; conversations may take turns on it."""
-    return load(str(merged), "float32")
+    return load(str(merged), "float32", device="cpu")
 
 
 @pytest.fixture
@@ -321,16 +321,16 @@ def test_any_command_does_its_work_or_says_what_is_wrong(lines, model, tmp_path,
 def test_an_adapter_folder_is_merged_into_its_base(random_gpt2, tmp_path):
     from peft import LoraConfig
 
-    from dialogue.train.lora import attach, save_adapter
+    from dialogue.train.lora import attach, save
 
     tokenizer = dialogue_tokenizer()
     base = load_base(str(random_gpt2), torch.float32, torch.device("cpu"), tokenizer)
     config = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    trained = attach(base, config, add_roles(tokenizer)).eval()
+    trained = attach(base, config, tokenizer).eval()
     for name, weight in trained.named_parameters():
         if "trainable_tokens" in name:
             weight.data.normal_()
-    save_adapter(trained, tokenizer, str(tmp_path / "lora"))
+    save(trained, tokenizer, tmp_path / "lora")
     model = load(str(tmp_path / "lora"), "float32")
     ids = [*encode_dialogue(tokenizer, ["Hello"])[0], model.roles.bot]
     with torch.no_grad():
@@ -380,5 +380,5 @@ def test_models_that_do_not_fit_together_are_named(merged, random_gpt2, tmp_path
     config = json.loads((merged / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "n_layer": 3}))
     (tmp_path / "model.safetensors").write_bytes((merged / "model.safetensors").read_bytes())
-    with pytest.raises(UserError, match=r"weights are missing, transformer\.h\.2"):
+    with pytest.raises(UserError, match="weights are missing"):
         load(str(tmp_path))

@@ -7,12 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decoder import CONFIGS, CONTEXT, random_model, tokens
 from test_generation import GREEDY, dialogue_tokenizer, say
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
+import main
 from dialogue.chat.conversation import Conversation
-from dialogue.chat.cuda_graph import BROKEN, GraphDecoder, pick
-from dialogue.chat.engine import Model
+from dialogue.chat.cuda_graph import BROKEN, USUAL, GraphDecoder, difference, pick
+from dialogue.chat.engine import Model, TransformersEngine, make, proved
 from dialogue.chat.sampling import Sampling, candidates
+from dialogue.errors import UserError
 
 EVERYTHING = Sampling(0.7, 20, 0.9, 0.01, 1.2)
 
@@ -89,16 +94,45 @@ def test_broken_weights_are_said_to_be_broken(bad):
     assert pick(torch.full((9,), -torch.inf), GREEDY, *torch.zeros(2, 9, dtype=torch.bool), torch.zeros(1)) == BROKEN
 
 
+class NoNumberIsAssigned(TorchFunctionMode):
+    """`tensor[i] = number` on a GPU copies from the host (PyTorch, issue 186482), and waits for the copy."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        assert function is not torch.Tensor.__setitem__ or isinstance(arguments[2], torch.Tensor), arguments
+        return function(*arguments, **(options or {}))
+
+
+class NoTensorOfTheHost(TorchDispatchMode):
+    """Beside tensors without data, one that has data comes from the host: `torch.tensor(...)`, an index list."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for leaf in tree_leaves((arguments, options, result)):
+            assert not isinstance(leaf, torch.Tensor) or leaf.is_meta, function
+        return result
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("sampling", [GREEDY, EVERYTHING, Sampling()])
-def test_no_step_waits_for_a_value(name, sampling):
+def test_no_step_waits_for_a_value_or_copies_from_the_host(name, sampling):
     """Tensors without data raise where a value would be asked for: `.item()`, a shape that depends on one."""
     with torch.device("meta"):
         config = CONFIGS[name]
         model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).bfloat16()
     engine = GraphDecoder(model, CONTEXT)
-    with torch.inference_mode():
+    with torch.inference_mode(), NoNumberIsAssigned(), NoTensorOfTheHost():
         engine.step_once(sampling, 64)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_attention_may_come_in_the_layout_of_a_gpus_kernels(name, monkeypatch):
+    """Flash and memory-efficient kernels return (B, T, heads, size) transposed (torch/_meta_registrations.py)."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda *given, **named: attend(*given, **named).transpose(1, 2).contiguous().transpose(1, 2),
+    )  # fmt: skip
+    test_greedy_tokens_are_those_of_transformers(name)
 
 
 def test_a_conversation_keeps_its_cache_over_turns(tmp_path):
@@ -118,3 +152,95 @@ def test_a_conversation_keeps_its_cache_over_turns(tmp_path):
     ids = [token for turn in talks[0].turns for token in turn]
     expected = peer(torch.tensor([ids])).logits[0, -1]
     torch.testing.assert_close(talks[0].model.logits(ids), expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+# ---- The proof before it is used ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sound_engine_proves_itself(name, dtype, capsys):
+    model = random_model(CONFIGS[name]).to(dtype)
+    engine = proved(model, CONTEXT)
+    assert isinstance(engine, GraphDecoder) and engine.length == 0
+    assert capsys.readouterr().err == ""
+    assert "logits are not those" in difference(engine, random_model(CONFIGS[name]).to(dtype).apply(shuffled)), (
+        "another model"
+    )
+
+
+def shuffled(module):
+    """Other weights of the same sizes in every MLP."""
+    if type(module).__name__.endswith("MLP"):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(parameter.flatten()[torch.randperm(parameter.numel())].view_as(parameter))
+
+
+def stands_still(engine, sampling, width, step=GraphDecoder.step_once):
+    step(engine, sampling, width)
+    engine.place -= 1
+
+
+def forgets(engine, sampling, width, step=GraphDecoder.step_once):
+    engine.cache[:, 1, :, 3] = 0
+    step(engine, sampling, width)
+
+
+def reads_another(engine, sampling, width, step=GraphDecoder.step_once):
+    engine.last.add_(1).remainder_(300)
+    step(engine, sampling, width)
+
+
+def cannot_be_recorded(engine, sampling, width):
+    raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("step", [stands_still, forgets, reads_another, cannot_be_recorded])
+def test_a_broken_step_is_found_and_transformers_talks(step, name, monkeypatch, capsys):
+    monkeypatch.setattr(GraphDecoder, "step_once", step)
+    model = random_model(CONFIGS[name])
+    engine = proved(model, CONTEXT)
+    assert isinstance(engine, TransformersEngine) and engine.model is model
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "transformers' own is used" in line
+    assert ("capturing" if step is cannot_be_recorded else "tokens it") in line
+
+
+def test_a_draw_outside_of_what_is_allowed_is_found(monkeypatch):
+    model = random_model(CONFIGS["gpt2"])
+    monkeypatch.setattr("dialogue.chat.cuda_graph.pick", lambda logits, *_: logits.argsort()[150:151])
+    assert "drew one that transformers would not draw" in difference(GraphDecoder(model, CONTEXT), model)
+
+
+def test_the_graph_that_is_recorded_first_is_the_chats():
+    usual = {name: value for name, value in main.settings().items() if name != "max_t"}
+    assert Sampling(**usual) == USUAL
+
+
+def test_logits_keep_their_bits_where_gpt2_has_them():
+    """GPT-2's logits lie near -112, where bfloat16's steps are 0.5."""
+    model = random_model(CONFIGS["gpt2"]).bfloat16()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0, 8
+        model.transformer.wte.weight[:, 0] = -14
+    ids = torch.tensor([tokens(20)])
+    got = GraphDecoder(model, CONTEXT).read(ids[0].tolist(), 20)
+    with torch.inference_mode():
+        exact = model.transformer(ids).last_hidden_state[0].float() @ model.lm_head.weight.float().T
+        rounded = model(ids).logits[0].float()
+    assert -140 < exact.mean() < -90
+
+    def kl(logits):
+        return (exact.softmax(-1) * (exact.log_softmax(-1) - logits.log_softmax(-1))).sum(-1).mean()
+
+    assert kl(got) < 1e-4 < 1e-3 < kl(rounded)
+
+
+def test_auto_on_a_cpu_is_int8_by_rule():
+    model = random_model(CONFIGS["gpt2"])
+    assert make(model, "auto", CONTEXT).precision == "int8"
+    assert make(model, "float32", CONTEXT).precision == "float32"
+    with pytest.raises(UserError, match="float16 is for GPUs"):
+        make(model, "float16", CONTEXT)

@@ -53,7 +53,7 @@ def test_chatting_imports_no_training_code():
     code = (
         "import sys, main\n"
         "from dialogue.chat import conversation, engine, terminal\n"
-        "heavy = {'peft', 'datasets', 'bitsandbytes', 'accelerate', 'dialogue.train', 'dialogue.measure'}\n"
+        "heavy = {'peft', 'datasets', 'bitsandbytes', 'dialogue.train', 'dialogue.measure'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -16,10 +16,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from dialogue.chat.decoder import FAMILIES, Decoder, Norm, Product, Weights
-from dialogue.chat.sampling import Sampling
+from dialogue.chat.sampling import Sampling, candidates
 
 AHEAD = 4  # steps that are asked for before the first of them has to be there; END makes them useless, at little cost
 TIES = 64  # tokens beside the `top_k` first that may equal the last of these
+USUAL = Sampling(0.8, 40, 0.9)  # the defaults of `main.py`, for which the graph is recorded before they are asked for
 BROKEN = -1  # stands for the token where the logits are not finite
 
 
@@ -33,7 +34,8 @@ class GraphDecoder(Decoder):
         device, dtype = model.device, model.dtype
         with torch.inference_mode():
             weights = FAMILIES[model.config.model_type][0](model, _as_stored)
-            self.weights = w = _in_dtype(weights, dtype)
+            head = _in_float32(model.get_output_embeddings().weight)
+            self.weights = w = _in_dtype(weights._replace(head=head), dtype)
             self.cache = torch.zeros(len(w.layers), 2, w.heads, context, w.size, device=device, dtype=dtype)
             self.last, self.place, self.count = torch.zeros(3, 1, dtype=torch.long, device=device)
             self.noise, self.drawn = torch.zeros(context, device=device), self.last.new_zeros(context)
@@ -41,6 +43,9 @@ class GraphDecoder(Decoder):
             self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
             self.forbidden = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self.recorded: tuple[Any, torch.cuda.CUDAGraph] | None = None
+        self.side: Any = (
+            torch.cuda.Stream(device) if device.type == "cuda" else None
+        )  # each new one keeps memory for cuBLAS
 
     @torch.inference_mode()
     def stream(
@@ -92,13 +97,12 @@ class GraphDecoder(Decoder):
         if self.recorded is None or self.recorded[0] != (sampling, width):
             self.recorded = None
             state = [tensor.clone() for tensor in (self.last, self.count, self.drawn, self.seen)]
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            self.side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side):
                 for _ in range(2):  # libraries set themselves up in their first calls, which a graph cannot hold
                     self.place.fill_(self.length)  # what this writes there, the first real step writes over
                     self.step_once(sampling, width)
-            torch.cuda.current_stream().wait_stream(side)
+            torch.cuda.current_stream().wait_stream(self.side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.step_once(sampling, width)
@@ -109,10 +113,12 @@ class GraphDecoder(Decoder):
 
     def step_once(self, sampling: Sampling, width: int) -> None:
         """Read the last token and draw the next one: nothing but operations on tensors of fixed shapes."""
-        mask = torch.arange(width, device=self.place.device)[None] <= self.place
+        ahead = torch.arange(width, device=self.place.device)[None] > self.place
+        # What attention adds; it would make that of a boolean mask anew in each layer.
+        mask = self.cache.new_zeros(1, width).masked_fill(ahead, -torch.inf)
         logits = self.layers(self.last.clamp(min=0), self.place, width, mask)[0]
         self.place += 1
-        self._draw(logits.float(), sampling)
+        self._draw(logits, sampling)
 
     def _draw(self, logits: Tensor, sampling: Sampling) -> None:
         """Draw with the next random number from logits (V,), and take down which token it was."""
@@ -143,7 +149,7 @@ def pick(logits: Tensor, sampling: Sampling, seen: Tensor, forbidden: Tensor, no
             # Sums from the least probable one up, as in `candidates`; the most probable one always stays.
             up_to = values.softmax(0).flip(0).cumsum(0).flip(0)
             dropped = up_to <= 1 - sampling.top_p
-            dropped[0] = False
+            dropped[:1].fill_(False)  # `dropped[0] = False` would copy from the host, which no graph can hold
             values = values.masked_fill(dropped, -torch.inf)
         probabilities = values.softmax(0)
         if sampling.min_p:
@@ -156,10 +162,50 @@ def pick(logits: Tensor, sampling: Sampling, seen: Tensor, forbidden: Tensor, no
     return torch.where(best.isfinite(), ids, BROKEN)
 
 
+@torch.inference_mode()
+def difference(engine: GraphDecoder, model: PreTrainedModel) -> str | None:
+    """What `engine` does otherwise than `model` in transformers' code, in a greedy reply and in one with the chat's
+    defaults; None: nothing.
+
+    In 16 bits both round: logits may differ, and that of a token that was drawn may miss what it had to reach, by a
+    share of what the best one has above the mean.
+    """
+    most, vocabulary = min(16, engine.cache.shape[3] // 4), len(engine.seen)
+    ids: list[int] = []
+    read, drawn, generator = {}, [], torch.Generator().manual_seed(0)
+    for sampling in (Sampling(temp=0), USUAL):
+        ids += [(7 * at + 11) % vocabulary for at in range(min(4, most))]
+        read[len(ids)] = logits = engine.step(ids[engine.length :])
+        for token in engine.stream(logits, most, sampling, [], [], generator):
+            drawn.append((len(ids), token, sampling))
+            ids.append(token)
+    read[len(ids)] = engine.step(ids[engine.length :])
+    engine.reset()
+    theirs = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+    theirs -= theirs.mean(-1, keepdim=True)
+    slack = min(0.1, 64 * torch.finfo(model.dtype).eps) * theirs.amax(-1)
+    for length, logits in read.items():
+        if not (logits - logits.mean() - theirs[length - 1]).square().mean().sqrt() <= slack[length - 1]:
+            return f"after {length} tokens its logits are not those of transformers"
+    for length, token, sampling in drawn:
+        of = theirs[length - 1]
+        if not of[token] >= of[candidates(of, sampling).ids].min() - slack[length - 1]:
+            return f"after {length} tokens it drew one that transformers would not draw"
+    return None
+
+
 def _as_stored(weight: Tensor, bias: Tensor | None) -> Product:
     """A product with the model's own weight, which stays where it is."""
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     return lambda x: functional.linear(x, weight, bias)
+
+
+def _in_float32(weight: Tensor) -> Product:
+    """Logits with all the bits of their sums: GPT-2's lie near -100, where bfloat16's steps are 0.5."""
+    weight = weight.detach().T
+    if weight.is_cuda and weight.dtype != torch.float32:
+        return lambda x: torch.mm(x, weight, out_dtype=torch.float32)
+    return lambda x: x.float() @ weight.float()
 
 
 def _in_dtype(weights: Weights, dtype: torch.dtype) -> Weights:

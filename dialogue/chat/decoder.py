@@ -237,7 +237,8 @@ class Decoder:
         cache.index_copy_(2, places, qkv[:, queries:].view(n, 2, w.heads, w.size).permute(1, 2, 0, 3))
         keys, values = cache[:, None, :, :width]
         out = functional.scaled_dot_product_attention(q[None], keys, values, attn_mask=mask, scale=w.scale)
-        return out[0].view(w.heads, n, w.group * w.size).transpose(0, 1).reshape(n, queries * w.size)
+        # Not `view`: kernels of a GPU return (1, n * group, heads, size), transposed.
+        return out[0].reshape(w.heads, n, w.group * w.size).transpose(0, 1).reshape(n, queries * w.size)
 
 
 def _compiled(w: Weights, cache: Tensor) -> Callable[[int, int], Tensor]:

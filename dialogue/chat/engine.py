@@ -1,33 +1,20 @@
 """A dialogue model that can be asked for its next token: loading, and the key-value cache."""
 
-import os
+import sys
 from collections.abc import Generator
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dialogue import machine, storage
-from dialogue.chat import kernels
-from dialogue.chat.cuda_graph import GraphDecoder
+from dialogue import machine, models
+from dialogue.chat.cuda_graph import GraphDecoder, difference
 from dialogue.chat.decoder import Decoder, supported
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.errors import UserError, in_a_line
-from dialogue.models import context_length, where
-from dialogue.prompt import find_roles, has_vocabulary, without_roles
-
-# Bytes. Of larger files only the size is compared: SHA-256 takes some 4 s for GPT-2-XL's 3.1 GB on the machine of
-# the README, longer than loading them; a chat that starts at once is worth more here than a flipped bit is likely.
-HASHED_BELOW = 1_000_000_000
+from dialogue.prompt import find_roles, without_roles
 
 
 class Engine(Protocol):
@@ -133,61 +120,52 @@ class Model:
             yield said[-1]
 
 
-def load(name: str, precision: str = "auto") -> Model:
+def load(name: str, precision: str = "auto", device: str | None = None) -> Model:
     """A merged model's folder, an adapter's folder (merged on loading), or a name on the hub.
 
-    `precision` is "int8" or a torch dtype's name; "auto" takes the fastest of full quality. Weights come from
-    safetensors only, and no code from the folder runs. Raises UserError, one line, for anything that is no
-    dialogue model, and for a precision that is not to be had.
+    `precision` is "int8" or a torch dtype's name; "auto" takes the fastest of full quality on `device` (None: the
+    best there is). Raises UserError, one line, for anything that is no dialogue model, and for a precision that is
+    not to be had.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    device = machine.pick_device()
-    if problem := storage.damage(Path(name), HASHED_BELOW):
-        raise UserError(
-            f"{name} is broken: {problem}; write it again, or where you changed it, delete its {storage.MANIFEST}"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **where(name))
-        find_roles(tokenizer)
-        adapter = Path(name, "adapter_config.json").is_file()
-        dtype: Any = torch.float32 if adapter else "auto"  # to merge in; as stored
-        if device.type != "cpu":
-            dtype = _dtype(device, precision)
-        options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
-        model = _load_adapter(name, tokenizer, options) if adapter else _load_weights(name, options)
-        limit = context_length(model.config)
-    except UserError:
-        raise
-    except LookupError as error:
-        raise UserError(f"{name} is no dialogue model: {error}; train one with `python Fine_tuningmodel.py`") from error
-    except Exception as error:  # a broken folder fails in a library, in as many ways as there are files
-        if os.path.isdir(name):
-            raise UserError(
-                f"{name} cannot be loaded: {in_a_line(error)}; write it again, or take another --model"
-            ) from error
-        raise UserError(
-            f"{name} cannot be loaded: no such folder, and not to be had from the hub: {in_a_line(error)}"
-        ) from error
-    rows = model.get_output_embeddings().weight.shape[0]
-    if rows <= max(tokenizer.get_vocab().values()):
-        raise UserError(f"{name} is broken: its tokenizer knows more tokens than the model's {rows}")
-    if not has_vocabulary(tokenizer):
-        raise UserError(f"{name} is broken: its tokenizer has no vocabulary")
-    return Model(_engine(model, precision, limit), tokenizer, limit)
+    where = torch.device(device) if device else machine.pick_device()
+    for note in [] if device else machine.gpu_notes():
+        print(note, file=sys.stderr)
+    dtype = None if precision == "auto" or where.type == "cpu" else _dtype(where, precision)
+    model, tokenizer = models.load(name, dtype, where)
+    limit = models.context_length(model.config)
+    return Model(make(model, precision, limit), tokenizer, limit)
 
 
-def _engine(model: PreTrainedModel, precision: str, limit: int) -> Engine:
-    """The fastest engine that this model and machine can have."""
+def make(model: PreTrainedModel, precision: str, limit: int) -> Engine:
+    """The fastest engine that this model and its device can have, for up to `limit` tokens; `precision` as for `load`.
+
+    On a CPU "auto" is int8 by rule: a measurement would give a seed other weights on a busy machine. On CUDA it is
+    float16 where the weights are stored so, since bfloat16 drops three of their bits at the same speed.
+    `model` itself takes its engine's dtype, but for those on a CPU. Raises UserError as `load` does.
+    """
     if model.device.type == "cpu" and supported(model.config):
-        if precision == "auto":
-            precision = kernels.fastest()
-        if precision not in kernels.available():
-            raise UserError(f"--precision {precision} needs an x86 processor with AVX2: take float32, or auto")
-        return Decoder(model, precision, limit)
-    model = model.to(_dtype(model.device, precision))  # type: ignore[arg-type]
+        if precision not in ("auto", "int8", "float32"):
+            raise UserError(f"--precision {precision} is for GPUs: take int8, float32 or auto")
+        return Decoder(model, "int8" if precision == "auto" else precision, limit)
+    if precision != "auto" or model.device.type != "cuda" or model.dtype != torch.float16:
+        model = model.to(_dtype(model.device, precision))  # type: ignore[arg-type]
     if model.device.type == "cuda" and model.dtype != torch.float32 and supported(model.config):
-        return GraphDecoder(model, limit)
+        return proved(model, limit)
+    return TransformersEngine(model)
+
+
+def proved(model: PreTrainedModel, limit: int) -> Engine:
+    """A `GraphDecoder` that draws what transformers would draw; where it does not, transformers' own engine, and a
+    line on standard error says why. Its graph for a first reply is recorded then."""
+    try:
+        engine = GraphDecoder(model, limit)
+        if not (problem := difference(engine, model)):
+            return engine
+    except Exception as error:  # a driver, a kernel or the memory: whatever it is, the chat can go on
+        problem = in_a_line(error)
+    print(f"the fast engine for GPUs does not work here ({problem}): transformers' own is used", file=sys.stderr)
     return TransformersEngine(model)
 
 
@@ -196,27 +174,3 @@ def _dtype(device: torch.device, precision: str) -> torch.dtype:
     if precision == "int8":
         raise UserError("--precision int8 is for GPT-2 and Llama models on a CPU: take auto")
     return machine.pick_dtype(device) if precision == "auto" else getattr(torch, precision)
-
-
-def _load_weights(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(name, **where(name), **options, output_loading_info=True)
-    model, found = loaded
-    if found["missing_keys"]:  # transformers would go on with random weights
-        raise UserError(f"{name} is broken: weights are missing, {min(found['missing_keys'])} for one")
-    return model
-
-
-def _load_adapter(name: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]) -> PreTrainedModel:
-    """The adapter's base model with the adapter merged into it."""
-    from peft import PeftConfig, PeftModel  # seconds that a merged model does not cost
-
-    if not Path(name, "adapter_model.safetensors").is_file():
-        raise UserError(f"{name} is broken: it has no adapter_model.safetensors")
-    base = str(PeftConfig.from_pretrained(name).base_model_name_or_path)
-    try:
-        model: Any = _load_weights(base, options)
-    except Exception as error:
-        raise UserError(f"{name} holds adapters of {base}, which cannot be loaded: {in_a_line(error)}") from error
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # the adapter brings the new rows
-    return PeftModel.from_pretrained(model, name).merge_and_unload()

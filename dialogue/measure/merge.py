@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dialogue import machine, storage
-from dialogue.chat import kernels
-from dialogue.chat.decoder import Decoder, supported
+from dialogue.chat.decoder import Decoder
+from dialogue.chat.engine import make
 from dialogue.chat.sampling import Sampling
 from dialogue.data.corpus import Dialogues
 from dialogue.data.packing import IGNORED, Row, collate
@@ -25,7 +25,7 @@ from dialogue.errors import UserError
 from dialogue.measure import report
 from dialogue.measure.fitting import Fitted, fit
 from dialogue.measure.loss import CHUNK, head_of, hidden_states
-from dialogue.models import context_length, load_base
+from dialogue.models import context_length, load, load_base
 from dialogue.prompt import find_roles
 
 # A merge in 16 bits rounds each weight once (2^-11 in float16), which moves perplexity by some 0.01 %;
@@ -147,19 +147,19 @@ def certify(trained: Witness, merged: Witness, quantised: bool, device: torch.de
 
 @torch.inference_mode()
 def certify_chat(merged: PreTrainedModel, rows: list[Row], nats: float, tokens: int) -> dict[str, Any]:
-    """Perplexity change caused by the chat's default precision on this machine's CPU.
+    """Perplexity change caused by the engine that the chat takes on this machine.
 
     `nats` is what the merged model has on the `tokens` reply tokens of `rows`. Empty where transformers' own code
     makes the replies. It also compiles what the first chat would wait for.
     """
-    if merged.device.type != "cpu" or not supported(merged.config):
+    decoder, chat = make(merged, "auto", context_length(merged.config)), 0.0
+    if not isinstance(decoder, Decoder):
         return {}
-    decoder, chat = Decoder(merged, kernels.fastest(), context_length(merged.config)), 0.0
     for row in rows:
         targets = torch.tensor(row["labels"][1:])
         at = targets != IGNORED
         decoder.reset()
-        logits = decoder.read(row["input_ids"][:-1], len(targets))[at].float()
+        logits = decoder.read(row["input_ids"][:-1], len(targets)).cpu()[at].float()
         chat += torch.nn.functional.cross_entropy(logits, targets[at], reduction="sum").item()
     decoder.step([rows[0]["input_ids"][0]])
     return {"chat_precision": decoder.precision, "chat_perplexity_change": math.expm1((chat - nats) / tokens)}
@@ -173,15 +173,13 @@ def judge(
 
     On the CPU where `device` has too little memory. Raises UserError where it is not the model that was trained.
     """
-    from transformers import AutoTokenizer
-
     try:
-        model = load_merged(folder, dtype, device)
+        model, tokenizer = load(str(folder), dtype, device)
         found = witness_of(model, rows, pad)
         certificate, nats = certify(trained, found, quantised, device)
         few = found.rows < CHAT_ROWS
         certificate |= certify_chat(model, rows[:CHAT_ROWS], nats[few].double().sum().item(), int(few.sum()))
-        return certificate, fit(model, AutoTokenizer.from_pretrained(folder), validation, seed)
+        return certificate, fit(model, tokenizer, validation, seed)
     except Exception as error:
         if device.type == "cpu" or not machine.is_out_of_memory(error):
             raise
@@ -218,11 +216,3 @@ def read_sampler(folder: Path) -> Sampling:
         return Sampling(config.temperature, config.top_k, config.top_p, 0.0, config.repetition_penalty)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no fitted sampler in its generation_config.json") from error
-
-
-def load_merged(folder: Path, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The merged model as anyone would load it."""
-    from transformers import AutoModelForCausalLM
-
-    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "use_safetensors": True}
-    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options).eval()
