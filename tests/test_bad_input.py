@@ -543,13 +543,13 @@ WRONG_WORDS = [
     (["--stats", "maybe"], "invalid choice"),
     (["--tempo", "1"], "unrecognized arguments"),
     (["\x1b[31mHi"], "unrecognized arguments"),
-    (["--model", ""], "no model in|cannot be loaded"),
-    (["--model", "talk.jsonl"], "no model in"),
+    (["--model", ""], "no model in|cannot be loaded|--model"),
+    (["--model", "talk.jsonl"], "talk.jsonl is a file"),
     (["--model", "./loop"], "no model in"),
     (["--model", "a" * 300], "no model in|cannot be loaded"),
     (["--model", "\x1b[31m./red"], "red"),
     (["--prompt", "a" * 100_000], "make it shorter"),
-    (["--sampler", "fitted", "--model", "talk.jsonl"], "no model"),
+    (["--sampler", "fitted", "--model", "talk.jsonl"], "talk.jsonl is a file"),
 ]  # fmt: skip
 
 
