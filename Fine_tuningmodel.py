@@ -163,7 +163,8 @@ def fine_tune(run: options.Run) -> None:
     runs.clear(run.checkpoints)
     show.result(console, run, certificate)
     if run.arguments.push_to_hub:
-        show.line(console, f"Uploaded: {', '.join(hub.push(run.adapters, run.merged, run.arguments))}")
+        uploaded = hub.push(run.adapters, run.merged, run.arguments)
+        show.line(console, "\n".join(f"Uploaded: {address}" for address in uploaded))
 
 
 if __name__ == "__main__":

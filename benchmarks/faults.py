@@ -30,11 +30,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 from conftest import byte_tokenizer, save_random_gpt2
+from helpers import run_of
 
 import Fine_tuningmodel as script
 from dialogue import storage
 from dialogue.errors import exit_code
 from dialogue.train import runs
+from dialogue.train.trainer import DialogueTrainer
 
 # Measured anew in each run, the precision could change between the first start and the next.
 script.machine.pick_dtype = lambda *_: torch.float32
@@ -135,7 +137,7 @@ def moment(folder: Path) -> str:
         return "saving adapters"
     if list(folder.glob("checkpoints/.checkpoint-*.deleted")):
         return "deleting a checkpoint"
-    if list(folder.glob("checkpoints/.checkpoint-*")):
+    if list(folder.glob(f"checkpoints/{runs.SAVING}/checkpoint-*")):
         return "saving a checkpoint"
     return "training" if (folder / "checkpoints").exists() else "before the first checkpoint"
 
@@ -184,9 +186,8 @@ def newest_whole(bench: Bench, folder: Path) -> Path | None:
     """The checkpoint that the next start would go on from."""
     newest = runs.checkpoints(folder / "checkpoints")[0]
     run = json.loads((bench.home / "run.json").read_text())
-    arguments = script.command_line.override(script.training_args, {"output_dir": str(folder / "checkpoints")})
     with redirect_stderr(io.StringIO()) as said:
-        found = runs.look(run, folder / "lora", folder / "full", arguments, None, False).checkpoint
+        found = runs.find_described(run_of(*bench.flags(folder)), run).checkpoint
     assert (found != newest) == (f"{newest} is broken and passed over" in said.getvalue())
     return found
 
@@ -238,7 +239,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 def fill_the_disk(bench: Bench, chance: random.Random) -> None:
     """A disk that is full at some point of the run: a line, a whole checkpoint; with more room it goes on."""
-    script.checkpoint.check_space = lambda *_: None  # it would have said so before the first step
+    runs.check_space = lambda *_: None  # it would have said so before the first step
     with small_disk(bench.home / "disk", 1 << 30) as disk:
         filler = disk / "filler"
         folder = disk / "run"
@@ -263,16 +264,17 @@ def fill_the_disk(bench: Bench, chance: random.Random) -> None:
 def take_permission(bench: Bench) -> None:
     """The checkpoints' folder loses its permissions in the middle of a run."""
     folder = bench.home / "forbidden"
-    save = runs.ResumableTrainer._save_checkpoint
+    save = DialogueTrainer.save_model
 
-    def forbidden(trainer: runs.ResumableTrainer, *args: object) -> None:
+    def forbidden(trainer: DialogueTrainer, *args: object, **keywords: object) -> None:
         if trainer.state.global_step == 4:
-            (folder / "checkpoints").chmod(0o555)
+            for path in (folder / "checkpoints", folder / "checkpoints" / runs.SAVING):
+                path.chmod(0o555)
             if os.geteuid() == 0:  # who may write all the same
                 os.seteuid(NOBODY)
-        save(trainer, *args)
+        save(trainer, *args, **keywords)
 
-    child = bench.start(folder, before=lambda: setattr(runs.ResumableTrainer, "_save_checkpoint", forbidden))
+    child = bench.start(folder, before=lambda: setattr(DialogueTrainer, "save_model", forbidden))
     code = exit_code_of(child)
     assert code == 2 and "Permission denied" in log(folder).splitlines()[-1], (code, log(folder))
     assert "Traceback" not in log(folder)

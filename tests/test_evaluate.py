@@ -160,9 +160,7 @@ def test_a_model_in_training_answers_a_batch_as_its_base_does(base):
     model, tokenizer = copy.deepcopy(base[0]), base[1]
     contexts = [turns[:1] for turns in TALK]
     expected = answer(model, tokenizer, contexts, Sampling(temp=0), max_t=12)
-    speedups.trim_base(model)
-    training = lora.attach(model, script.lora_config, add_roles(tokenizer))
-    speedups.speed_up(training)
+    training = speedups.apply(lora.attach(model, script.lora_config, tokenizer))
     assert answer(training, tokenizer, contexts, Sampling(temp=0), max_t=12) == expected
 
 
