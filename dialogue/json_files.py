@@ -26,7 +26,7 @@ def read_json(path: Path, shape: Any = None) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
         problem = _wrong(content, {} if shape is None else shape)
     except OSError as error:
-        problem = str(error.strerror or error)
+        problem = f"it cannot be read ({error.strerror or error})"
     except (ValueError, RecursionError):
         problem = "it is not JSON"
     if problem and shape is not None:

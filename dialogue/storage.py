@@ -176,9 +176,10 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
     if not os.path.lexists(folder / MANIFEST):
         return None
     try:
-        files = read_json(folder / MANIFEST, {str: {"size": int, "sha256": str}})
         name = MANIFEST
-        if (folder / MANIFEST).read_text(encoding="utf-8") != as_json(files):
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        files = read_json(folder / MANIFEST, {str: {"size": int, "sha256": str}})
+        if text != as_json(files):
             return f"{MANIFEST} is damaged"
         for name, said in files.items():
             path = folder / name
