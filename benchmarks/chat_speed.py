@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dialogue import wheels
-from dialogue.chat import kernels
 from dialogue.chat.cuda_graph import GraphDecoder
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.sampling import Sampling, candidates, draw
@@ -246,7 +245,7 @@ def main() -> None:
         "--tokens", type=int, default=50, help="new ones, a round; as many as the chat makes by default"
     )
     parser.add_argument("--slow", action="store_true", help="also the original's loop and transformers' generate")
-    parser.add_argument("--precisions", default=",".join(kernels.available()))
+    parser.add_argument("--precisions", default="float32,int8")
     parser.add_argument("--dataset", help="starter only: perplexity on 40 of its test dialogues")
     parser.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()
