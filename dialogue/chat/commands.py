@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
 LEAVE = ("exit", "quit", "bye", "/exit", "/quit", "/bye", "/q")
-WHOLE_NUMBERS = ("max_t", "top_k", "seed")  # the other settings are any numbers
+WHOLE_NUMBERS = ("max_t", "top_k", "best_of", "seed")  # the other settings are any numbers
 
 
 def command(usage: str) -> Callable:

@@ -97,6 +97,10 @@ class Model:
             self.forbidden = sorted(unknown | control)
         return logits
 
+    def holds(self, ids: list[int]) -> None:
+        """The engine's cache has come to hold `engine.length` of `ids` without being asked for logits."""
+        self._read = list(ids)
+
     def tokens(
         self, prompt: list[int], most: int, sampling: Sampling, generator: torch.Generator
     ) -> Generator[int, None, None]:

@@ -1,0 +1,65 @@
+"""Which of several replies fits best what was said. Pure functions; no model is known here.
+
+A plain language model finds those replies most probable that fit everywhere. So what a reply would get without the
+message is subtracted (Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models",
+section 3: maximum mutual information, the form with lambda). Replies that nobody wants come last, whatever they score.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from dialogue.chat.sampling import Sampling
+from dialogue.data.corpus import fold
+
+LAMBDA = 0.5  # of what a reply would get anyway; 1: only what the message adds counts
+ALPHA = 0.5  # the score is divided by length ** ALPHA; 0: short replies win, 1: long ones
+NOTHING = ("", "...", "Ok.")  # messages that say nothing: what a reply gets after these, it would get anyway
+
+
+class Candidate(NamedTuple):
+    """One reply. Log-probabilities are in nats, of all its tokens and <END>."""
+
+    tokens: list[int]  # <END> is not among them
+    text: str
+    given: float  # log p(reply | all that was said)
+    alone: float = 0.0  # log p(reply | nothing), the mean over `NOTHING`
+    sampled: bool = True  # False: the most probable token each time
+    fault: str = ""  # what puts it last
+
+    def drawn_with(self, sampling: Sampling) -> Sampling:
+        """What became of `sampling` for this one."""
+        return sampling if self.sampled else replace(sampling, temp=0)
+
+    @property
+    def score(self) -> float:
+        """Higher is better."""
+        return (self.given - LAMBDA * self.alone) / (len(self.tokens) + 1) ** ALPHA
+
+
+def rank(candidates: list[Candidate]) -> list[Candidate]:
+    """The best first; those with a fault after all others."""
+    return sorted(candidates, key=lambda each: (bool(each.fault), -each.score))
+
+
+def fault(text: str, message: str, ended: bool) -> str:
+    """What is wrong with a reply to `message`, in a word; "" where nothing is."""
+    words, asked = words_of(text), words_of(message)
+    threes, theirs = ngrams(words, 3), set(ngrams(asked, 3))
+    if not words:
+        return "empty"
+    if not ended:
+        return "cut"
+    if words == asked or 2 * sum(three in theirs for three in threes) > len(threes):
+        return "parrot"
+    return "repeats" if len(set(threes)) < len(threes) else ""
+
+
+def words_of(text: str) -> list[str]:
+    """ "I'm fine, thanks - and you?" -> ["im", "fine", "thanks", "and", "you"]."""
+    words = (fold(word).replace(" ", "") for word in text.split())
+    return [word for word in words if word]
+
+
+def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:
+    """["a", "b", "c"], 2 -> [("a", "b"), ("b", "c")]."""
+    return list(zip(*(words[start:] for start in range(n)), strict=False))
