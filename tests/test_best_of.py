@@ -7,11 +7,13 @@ from test_generation import dialogue_tokenizer, merged, say  # noqa: F401 (a fix
 from transformers import AutoModelForCausalLM
 
 from dialogue.chat import drafts
+from dialogue.chat.commands import run
 from dialogue.chat.conversation import Conversation, check
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import Model, TransformersEngine
 from dialogue.chat.rerank import ALPHA, LAMBDA, Candidate, fault, rank
 from dialogue.chat.sampling import Sampling, candidates, draw
+from dialogue.chat.session import Chat, in_background
 from dialogue.errors import UserError
 from dialogue.prompt import without_roles
 
@@ -128,6 +130,39 @@ def test_stopping_while_it_thinks_leaves_no_trace(models):
     reference = Conversation(models["int8"], seed=2)
     best(reference, "Hi")
     assert say(talk, "go on") == say(reference, "go on")
+
+
+def test_alt_shows_the_candidates_and_takes_another(models, capsys):
+    talk = Conversation(models["int8"], seed=5)
+
+    def generate(message, conversation, on_text, max_t, best_of, **cuts):
+        for piece in conversation.reply(message, max_t, Sampling(**cuts), best_of):
+            on_text(piece)
+
+    settings = {"max_t": 10, "temp": 0.8, "best_of": 1}
+    chat = Chat(in_background(lambda: talk), generate, {}, settings, "on")
+    chat.loading.result()
+    chat.say("Hi")
+    with pytest.raises(UserError, match="/set best_of 8"):
+        run(chat, "/alt")
+    run(chat, "/set best_of 4")
+    chat.say("How are you?")
+    assert "tokens, the best of 4," in capsys.readouterr().out
+    third = talk.candidates[2]
+    run(chat, "/alt")
+    shown = capsys.readouterr().out
+    assert all(f"{place}  " in shown for place in range(1, 5)) and "temperature 0" in shown
+    for wrong in ("/alt 5", "/alt 0", "/alt first", "/alt 99999999999"):
+        with pytest.raises(UserError, match="4 candidates"):
+            run(chat, wrong)
+    run(chat, "/alt 3")
+    assert talk.turns[-1][1:-1] == third.tokens
+    assert [each.token for each in talk.why(WARM)][:-1] == third.tokens
+    run(chat, "/why")
+    assert "of 4:" in capsys.readouterr().out
+    run(chat, "/undo")
+    with pytest.raises(UserError, match="drawn alone"):
+        run(chat, "/alt")
 
 
 # ---- The order ---------------------------------------------------------------------------------------
