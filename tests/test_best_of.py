@@ -11,7 +11,7 @@ from dialogue.chat.commands import run
 from dialogue.chat.conversation import Conversation, check
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import Model, TransformersEngine
-from dialogue.chat.rerank import ALPHA, LAMBDA, Candidate, fault, rank
+from dialogue.chat.rerank import ALPHA, COOLER, LAMBDA, Candidate, fault, rank
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.chat.session import Chat, in_background
 from dialogue.errors import UserError
@@ -82,7 +82,7 @@ def test_the_best_is_given_and_the_next_turn_costs_its_own_tokens_only(models, n
         text = best(talk, message)
         ranked, cost = talk.candidates, talk.model.tokens_read - before
         assert text == ranked[0].text == talk.text(-1) and ranked == rank(ranked)
-        assert sum(not each.sampled for each in ranked) == 1
+        assert sorted(each.temp for each in ranked) == [0, *[COOLER * WARM.temp] * 4]
         assert talk.stats.candidates == 5 and talk.stats.new_tokens == len(ranked[0].tokens)
         last = [each.tokens for each in ranked][-1]
         if name != "transformers":

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
 
 from dialogue.chat import decoder
-from dialogue.chat.decoder import Decoder, supported
+from dialogue.chat.decoder import Decoder
+from dialogue.chat.families import supported
 from dialogue.chat.int8 import quantise
 
 CONTEXT = 80

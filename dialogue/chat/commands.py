@@ -185,7 +185,7 @@ def alternatives(chat: "Chat", rest: str) -> None:
 
 def standing(candidate: "Candidate") -> str:
     """Why a candidate stands where it does."""
-    how = "" if candidate.sampled else ", drawn at temperature 0"
+    how = f", drawn at temperature {candidate.temp:.2g}"
     if candidate.fault:
         return candidate.fault + how
     given, alone = candidate.given, candidate.alone

@@ -75,9 +75,9 @@ class Conversation:
     def reply(self, message: str, max_t: int, sampling: Sampling, best_of: int = 1) -> Generator[str, None, None]:
         """Say `message`, and yield the answer piece by piece; whole characters, no control sequences.
 
-        With `best_of` above 1, so many answers are drawn, one of them at temperature 0, and the one that fits best is
-        given (`dialogue/chat/rerank.py`); an empty piece comes with each token until then. At temperature 0 all would
-        be the same, and one is drawn.
+        With `best_of` above 1, so many answers are drawn, one at temperature 0 and the others cooler than asked for,
+        and the one that fits best is given (`dialogue/chat/rerank.py`); an empty piece comes with each token until
+        then. At temperature 0 all would be the same, and one is drawn.
         Stops at <END>, after `max_t` tokens, at the end of the context, or when the caller closes the
         iterator; what was said until then is kept. Raises UserError for a message that does not fit into the
         context, and for a model whose logits are not numbers; the conversation is then as it was before.
@@ -108,7 +108,7 @@ class Conversation:
             if self.turns is not before:
                 self.turns = [*self.turns, [self.roles.bot, *said, self.roles.end]]
                 self._choice = self.turns, ranked, sampling
-                self.sampling = ranked[0].drawn_with(sampling) if ranked else sampling
+                self.sampling = replace(sampling, temp=ranked[0].temp) if ranked else sampling
 
     def _stream(self, prompt: list[int], said: list[int], most: int, sampling: Sampling) -> Generator[str, None, None]:
         """Yield text while `said` fills with the reply's ids, <END> apart."""
@@ -146,7 +146,8 @@ class Conversation:
     ) -> Generator[str, None, list[rerank.Candidate]]:
         """Candidates for the answer, the best first; yields an empty piece with each token that is drawn."""
         start, read_before = time.perf_counter(), self.model.tokens_read
-        samplings, prompt_tokens = [replace(sampling, temp=0), *[sampling] * (count - 1)], 0
+        temps = [0.0] + [sampling.temp * rerank.COOLER] * (count - 1)
+        samplings, prompt_tokens = [replace(sampling, temp=temp) for temp in temps], 0
         self.stats = None
         written: list[drafts.Draft] = []
         try:
@@ -177,7 +178,7 @@ class Conversation:
         tokens = draft.tokens[: len(draft.tokens) - ended]
         text = decode_text(self.tokenizer, tokens)
         return rerank.Candidate(
-            tokens, text, draft.nats, sampled=draft.sampling.temp > 0, fault=rerank.fault(text, message, ended)
+            tokens, text, draft.nats, temp=draft.sampling.temp, fault=rerank.fault(text, message, ended)
         )
 
     @property
@@ -194,7 +195,7 @@ class Conversation:
         chosen = ranked[number - 1]
         self.turns = [*self.turns[:-1], [self.roles.bot, *chosen.tokens, self.roles.end]]
         self._choice = self.turns, ranked, sampling
-        self.sampling = chosen.drawn_with(sampling)
+        self.sampling = replace(sampling, temp=chosen.temp)
         return plain(chosen.text)
 
     def _newest(self, room: int) -> list[list[int]]:

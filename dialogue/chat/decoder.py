@@ -3,7 +3,7 @@
 The problem: transformers' own forward spends more time between its operations than in them where one token is read at
 a time. Here a layer is four products with weights, an attention and what little stands between. How a product is
 computed is given from outside, so that the same code serves float32, int8 (`dialogue/chat/int8.py`, which compiles the
-rest of a layer too) and a GPU's 16 bits. What differs between the families stands in `FAMILIES`.
+rest of a layer too) and a GPU's 16 bits.
 
 Keys and values stay in one cache. A token has a place in it and a position in its text. The two are the same for one
 sequence, and differ where several continue one text: the text is stored once, and behind it the sequences' own tokens
@@ -11,148 +11,17 @@ stand interleaved, each with the position that it would have alone. A mask says 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-Product = Callable[[Tensor], Tensor]  # (n, in) -> (n, out)
-MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight (out, in), bias (out,) or None
+from dialogue.chat.families import FAMILIES, Norm, Product, Weights
+
 CHUNK = 256  # tokens that are read at once: the attention's mask grows with their square
-
-
-class Norm(NamedTuple):
-    """LayerNorm, or without a bias RMSNorm."""
-
-    weight: Tensor
-    bias: Tensor | None
-    eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return torch.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return torch.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-class Layer(NamedTuple):
-    """One block. The three projections of its attention are one product, and so are the MLP's gate and up."""
-
-    norm_1: Norm
-    qkv: Product
-    out: Product
-    norm_2: Norm
-    up: Product
-    activate: Product
-    down: Product
-
-
-class Weights(NamedTuple):
-    """A model, ready to run."""
-
-    embedding: Tensor  # (V, width)
-    positions: Tensor | None  # (context, width): learned, added to the embedding
-    rotation: tuple[Tensor, Tensor] | None  # cos and sin, (context, head size): rotary
-    layers: list[Layer]
-    norm: Norm
-    head: Product
-    heads: int  # of the keys and values
-    group: int  # queries that share a key
-    size: int  # of a head
-    scale: float  # of query times key
-
-
-def gpt2(model: Any, product: MakeProduct) -> Weights:
-    """GPT-2: learned positions, LayerNorm, weights as (in, out)."""
-    body, config = model.transformer, model.config
-
-    def conv1d(module: Any) -> Product:
-        return product(module.weight.T, module.bias)
-
-    def norm(module: Any) -> Norm:
-        return Norm(module.weight.float(), module.bias.float(), module.eps)
-
-    def layer(block: Any) -> Layer:
-        return Layer(
-            norm(block.ln_1), conv1d(block.attn.c_attn), conv1d(block.attn.c_proj),
-            norm(block.ln_2), conv1d(block.mlp.c_fc), _gelu, conv1d(block.mlp.c_proj),
-        )  # fmt: skip
-
-    size = config.n_embd // config.n_head
-    return Weights(
-        body.wte.weight.detach(), body.wpe.weight.detach(), None, [layer(block) for block in body.h], norm(body.ln_f),
-        product(model.lm_head.weight, None), config.n_head, 1, size, size**-0.5,
-    )  # fmt: skip
-
-
-def llama(model: Any, product: MakeProduct) -> Weights:
-    """Llama: rotary positions, RMSNorm, a gated MLP, keys shared by groups of queries."""
-    body, config = model.model, model.config
-
-    def joined(*modules: Any) -> Product:
-        bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
-        return product(torch.cat([module.weight for module in modules]), bias)
-
-    def norm(module: Any) -> Norm:
-        return Norm(module.weight.float(), None, module.variance_epsilon)
-
-    def layer(block: Any) -> Layer:
-        attention, mlp = block.self_attn, block.mlp
-        return Layer(
-            norm(block.input_layernorm), joined(attention.q_proj, attention.k_proj, attention.v_proj),
-            joined(attention.o_proj), norm(block.post_attention_layernorm), joined(mlp.gate_proj, mlp.up_proj),
-            _gated_silu, joined(mlp.down_proj),
-        )  # fmt: skip
-
-    positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
-    cos, sin = body.rotary_emb(torch.zeros(1, device=model.device), positions)
-    heads, size = config.num_key_value_heads, cos.shape[-1]
-    # Half of the rotation is a difference: x * cos + rotated x * sin, where rotated is (-second, first).
-    sin[..., : size // 2] *= -1
-    return Weights(
-        body.embed_tokens.weight.detach(), None, (cos[0], sin[0]), [layer(block) for block in body.layers],
-        norm(body.norm), product(model.lm_head.weight, None), heads, config.num_attention_heads // heads, size,
-        size**-0.5,
-    )  # fmt: skip
-
-
-def _gelu(x: Tensor) -> Tensor:
-    return functional.gelu(x, approximate="tanh")
-
-
-def _gated_silu(x: Tensor) -> Tensor:
-    """(n, 2 width) -> (n, width)."""
-    gate, up = x.chunk(2, dim=-1)
-    return functional.silu(gate).mul_(up)
-
-
-# Family -> how its modules become weights, and what its config must say for that to be all there is to it.
-FAMILIES: dict[str, tuple[Callable[[Any, MakeProduct], Weights], dict[str, tuple]]] = {
-    "gpt2": (
-        gpt2,
-        {
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "add_cross_attention": (False,),
-        },
-    ),
-    "llama": (llama, {"hidden_act": ("silu",)}),
-}
-STATIC_ROTATIONS = ("default", "linear", "llama3")  # the same at every length
-
-
-def supported(config: PretrainedConfig) -> bool:
-    """Whether `Decoder` computes what transformers computes for this model."""
-    if config.model_type not in FAMILIES:
-        return False
-    rotary = getattr(config, "rope_parameters", None) or {}
-    needed = FAMILIES[config.model_type][1]
-    return rotary.get("rope_type", "default") in STATIC_ROTATIONS and all(
-        getattr(config, name) in values for name, values in needed.items()
-    )
 
 
 def float32(weight: Tensor, bias: Tensor | None) -> Product:
@@ -307,16 +176,13 @@ def _compile(w: Weights) -> Callable[[list[int], Tensor, tuple[int, int, int, li
     """(n token ids, the cache, (start, step, count, n slots) as in `int8.block`) -> logits (n, V)."""
     from dialogue.chat import int8
 
-    def norm(norm: Norm) -> int8.Norm:
-        bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-        return int8.Norm(norm.weight.detach().numpy(), bias.detach().numpy(), norm.eps)
+    def norm(norm: Norm) -> Norm:
+        weight: Any = norm.weight.detach()
+        bias: Any = torch.zeros_like(weight) if norm.bias is None else norm.bias.detach()
+        return Norm(weight.numpy(), bias.numpy(), norm.eps)
 
-    def layer(each: Any) -> int8.Layer:
-        return int8.Layer(norm(each.norm_1), each.qkv, each.out, norm(each.norm_2), each.up, each.down)
-
-    layers = [layer(each) for each in w.layers]
-    attention = int8.Attention(w.heads, w.group, w.size, w.scale)
-    gated = w.rotation is not None
+    layers = [(norm(each.norm_1), each.qkv, each.out, norm(each.norm_2), each.up, each.down) for each in w.layers]
+    attention, gated = (w.heads, w.group, w.size, w.scale), w.rotation is not None
     rotation = tuple(part.numpy() for part in w.rotation or torch.empty(2, 0, w.size))
 
     def run(ids: list[int], cache: Tensor, at: tuple[int, int, int, list[int]]) -> Tensor:

@@ -69,34 +69,6 @@ class Matrix(NamedTuple):
         return torch.from_numpy(products(padded.numpy(), self, torch.get_num_threads()))[:n, : self.size]
 
 
-class Norm(NamedTuple):
-    """LayerNorm's weight and bias (width,) and its epsilon; RMSNorm has no use for the bias."""
-
-    weight: np.ndarray
-    bias: np.ndarray
-    eps: float
-
-
-class Layer(NamedTuple):
-    """One block of GPT-2, or where `gated`, of Llama."""
-
-    norm_1: Norm
-    qkv: Matrix
-    out: Matrix
-    norm_2: Norm
-    up: Matrix
-    down: Matrix
-
-
-class Attention(NamedTuple):
-    """How a layer attends."""
-
-    heads: int  # of the keys and values
-    group: int  # queries that share a key
-    size: int  # of a head
-    scale: float  # of query times key
-
-
 def quantise(weight: Tensor, bias: Tensor | None) -> Matrix:
     """(out, in) and (out,), of any float dtype, as int8.
 
@@ -122,16 +94,20 @@ def quantise(weight: Tensor, bias: Tensor | None) -> Matrix:
 
 @numba.njit(**compiled)
 def block(x, layer, cache, at, rotation, attention, gated, threads):
-    """Add to x (n, width) what one block makes of it; n is 1 or a multiple of four. Fills cache (2, heads, context,
-    size). `at` = (start, step, count, slots): where the keys and values of each row's sequence are."""
-    start, step, _, slots = at
-    qkv = products(_norm(x, layer.norm_1, gated), layer.qkv, threads)
+    """Add to x (n, width) what a layer makes of it, GPT-2's or, where `gated`, Llama's; n is 1 or a multiple of four.
+
+    layer: (norm, qkv, out, norm, up, down), the norms with a weight, a bias that RMSNorm has no use for, and an eps.
+    cache: (2, heads, context, size), filled at the rows' places, which `at` = (start, step, count, slots) tells.
+    attention: (heads of the keys, queries that share a key, size of a head, scale of query times key).
+    """
+    (norm_1, to_qkv, out, norm_2, up, down), (start, step, _, slots) = layer, at
+    qkv = products(_norm(x, norm_1, gated), to_qkv, threads)
     if gated:
         for row in range(len(slots)):
             _rotate(qkv[row], rotation[0][start + step], rotation[1][start + step], attention)
-    x += products(_attend(qkv, cache, at, attention, threads), layer.out, threads)
-    hidden = products(_norm(x, layer.norm_2, gated), layer.up, threads)
-    x += products(_activate(hidden, gated, threads), layer.down, threads)
+    x += products(_attend(qkv, cache, at, attention, threads), out, threads)
+    hidden = products(_norm(x, norm_2, gated), up, threads)
+    x += products(_activate(hidden, gated, threads), down, threads)
 
 
 @numba.njit(**compiled)
@@ -176,9 +152,9 @@ def _norm(x, norm, rms):
 @numba.njit(**compiled)
 def _rotate(qkv, cos, sin, attention):
     """Turn the queries and keys in qkv, in place; the first half of `sin` (size,) has its sign changed already."""
-    size = attention.size
+    heads, group, size, _ = attention
     half = size // 2
-    for head in range(attention.heads * (attention.group + 1)):
+    for head in range(heads * (group + 1)):
         part = qkv[head * size : (head + 1) * size]
         for i in range(half):
             first, second = part[i], part[i + half]

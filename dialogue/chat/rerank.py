@@ -5,14 +5,13 @@ message is subtracted (Li et al. 2016, "A Diversity-Promoting Objective Function
 section 3: maximum mutual information, the form with lambda). Replies that nobody wants come last, whatever they score.
 """
 
-from dataclasses import replace
 from typing import NamedTuple
 
-from dialogue.chat.sampling import Sampling
 from dialogue.data.corpus import fold
 
-LAMBDA = 0.5  # of what a reply would get anyway; 1: only what the message adds counts
-ALPHA = 0.5  # the score is divided by length ** ALPHA; 0: short replies win, 1: long ones
+LAMBDA = 0.7  # of what a reply would get anyway; 1: only what the message adds counts
+ALPHA = 1.0  # the score is divided by length ** ALPHA; 0: short replies win, 1: long ones
+COOLER = 0.6  # times the chat's temperature: colder candidates make more sense, and choosing brings variety back
 NOTHING = ("", "...", "Ok.")  # messages that say nothing: what a reply gets after these, it would get anyway
 
 
@@ -23,12 +22,8 @@ class Candidate(NamedTuple):
     text: str
     given: float  # log p(reply | all that was said)
     alone: float = 0.0  # log p(reply | nothing), the mean over `NOTHING`
-    sampled: bool = True  # False: the most probable token each time
+    temp: float = 0.0  # that it was drawn at
     fault: str = ""  # what puts it last
-
-    def drawn_with(self, sampling: Sampling) -> Sampling:
-        """What became of `sampling` for this one."""
-        return sampling if self.sampled else replace(sampling, temp=0)
 
     @property
     def score(self) -> float:
