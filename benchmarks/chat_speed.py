@@ -39,6 +39,7 @@ from dialogue.prompt import encode_text
 PROMPT = list(range(1000, 1064))
 SAMPLING = Sampling(0.8, 40, 0.9)
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8}
+CANDIDATES = 8
 Contender = Callable[[int], None]  # makes so many tokens
 
 
@@ -145,6 +146,22 @@ def ours(folder: Path, precision: str) -> tuple[Contender, Decoder]:
     return run, engine
 
 
+def ours_side_by_side(folder: Path) -> Contender:
+    """Candidates for one reply: each of them gets so many tokens, and a rate is that of one."""
+    engine = Decoder(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval(), "int8", 1024)
+    slots = list(range(CANDIDATES))
+
+    def run(count: int) -> None:
+        engine.reset()
+        logits = engine.step(PROMPT).expand(CANDIDATES, -1)
+        for step in range(count - 1):
+            logits = engine.branch([sample(row) for row in logits], slots, step, CANDIDATES)
+        for row in logits:
+            sample(row)
+
+    return run
+
+
 def transformers_on_cuda(folder: Path) -> Contender:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cuda")
     return generate(model)
@@ -201,6 +218,7 @@ def contend(title: str, folder: Path, dataset: str | None) -> None:
 
 
 PEERS = {
+    f"ours, int8, {CANDIDATES} candidates": ours_side_by_side,
     "CTranslate2 int8": ctranslate2_int8,
     "llama.cpp Q4_1": llama_cpp_q4_1,
     "original loop, float32": original,

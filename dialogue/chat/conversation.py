@@ -161,11 +161,9 @@ class Conversation:
         found = [self._candidate(draft, message) for draft in written]
         sound = [place for place, each in enumerate(found) if not each.fault]
         replies = [written[place].tokens for place in sound]
-        for nothing in rerank.NOTHING if len(sound) > 1 else ():
-            alone = [*self._turn(0, nothing), self.roles.bot]
-            for place, nats in zip(sound, drafts.log_probabilities(self.model, alone, replies), strict=True):
-                found[place] = found[place]._replace(alone=found[place].alone + nats / len(rerank.NOTHING))
-            yield ""
+        nothing = [*self._turn(0, rerank.NOTHING), self.roles.bot]
+        for place, nats in zip(sound, drafts.log_probabilities(self.model, nothing, replies), strict=True):
+            found[place] = found[place]._replace(alone=nats)
         ranked = rerank.rank(found)
         drafts.keep(self.model, prompt, written, found.index(ranked[0]))
         if self.stats:

