@@ -13,7 +13,8 @@ from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import Model, TransformersEngine
 from dialogue.chat.rerank import ALPHA, COOLER, LAMBDA, Candidate, fault, rank
 from dialogue.chat.sampling import Sampling, candidates, draw
-from dialogue.chat.session import Chat, in_background
+from dialogue.chat.session import Chat
+from dialogue.chat.terminal import in_background
 from dialogue.errors import UserError
 from dialogue.prompt import without_roles
 

@@ -96,7 +96,7 @@ def undo(chat: "Chat", rest: str) -> None:
 
 @command("/set NAME VALUE")
 def set_value(chat: "Chat", rest: str) -> None:
-    """change max_t, temp, top_k, top_p, min_p, repetition_penalty, best_of or seed"""
+    """change max_t, temp, top_k, top_p, min_p, best_of, repetition_penalty or seed"""
     name, _, text = re.sub(r"\s*=\s*|\s+", " ", rest).partition(" ")
     name, settings = name.lower(), chat.settings()
     if name not in (*settings, "seed"):
