@@ -11,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dialogue import machine, models
 from dialogue.chat.cuda_graph import GraphDecoder, difference
-from dialogue.chat.decoder import Decoder, supported
+from dialogue.chat.decoder import Decoder
+from dialogue.chat.families import supported
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.errors import UserError, in_a_line
 from dialogue.prompt import find_roles, without_roles
