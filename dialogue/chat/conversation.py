@@ -175,15 +175,13 @@ class Conversation:
         ended = draft.tokens[-1] == self.roles.end
         tokens = draft.tokens[: len(draft.tokens) - ended]
         text = decode_text(self.tokenizer, tokens)
-        return rerank.Candidate(
-            tokens, text, draft.nats, temp=draft.sampling.temp, fault=rerank.fault(text, message, ended)
-        )
+        fault = rerank.fault(text, message, ended)
+        return rerank.Candidate(tokens, text, draft.nats, temp=draft.sampling.temp, fault=fault)
 
     @property
     def candidates(self) -> list[rerank.Candidate]:
         """What the last answer was chosen from, the best first; none where it was drawn alone."""
-        turns, ranked, _ = self._choice
-        return ranked if turns is self.turns else []
+        return self._choice[1] if self._choice[0] is self.turns else []
 
     def take(self, number: int) -> str:
         """Put candidate `number`, from 1, in the place of the last answer; its text. Raises UserError without one."""
