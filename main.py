@@ -43,14 +43,17 @@ def generate_text(
     *,
     min_p: float = 0.0,  # leave out what is less than this share as probable as the best
     repetition_penalty: float = 1.0,  # above 1: tokens that were there already become less probable
+    best_of: int = 1,  # draw so many replies, and give the one that fits best what was said
     conversation: "Conversation | None" = None,  # what `prompt` continues; None: a new one
     on_text: Callable[[str], Any] | None = None,  # gets each piece of the reply as it is made
 ) -> str:
     """The bot's reply to `prompt`. Raises UserError for a value out of range or a message too long."""
     from dialogue.chat.conversation import check
 
-    sampling = check(max_t, temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty)
-    pieces = (conversation or start_conversation(model_dir)).reply(prompt, max_t, sampling)
+    sampling = check(
+        max_t, best_of, temp=temp, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    pieces = (conversation or start_conversation(model_dir)).reply(prompt, max_t, sampling, best_of)
     reply = ""
     with closing(pieces):  # also when `on_text` raises: what was said is kept
         for piece in pieces:
@@ -69,6 +72,7 @@ SETTINGS = {  # name -> what `--help` says
     "top_p": "draw from the most probable tokens that hold this share of the probability",
     "min_p": "leave out what is less than this share as probable as the best",
     "repetition_penalty": "above 1: tokens that were there already become less probable",
+    "best_of": "draw so many replies, and give the one that fits best what was said",
 }
 
 

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dialogue import wheels
-from dialogue.chat import kernels
 from dialogue.chat.cuda_graph import GraphDecoder
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.sampling import Sampling, candidates, draw
@@ -40,6 +39,7 @@ from dialogue.prompt import encode_text
 PROMPT = list(range(1000, 1064))
 SAMPLING = Sampling(0.8, 40, 0.9)
 BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "int8": 8}
+CANDIDATES = 8
 Contender = Callable[[int], None]  # makes so many tokens
 
 
@@ -146,6 +146,22 @@ def ours(folder: Path, precision: str) -> tuple[Contender, Decoder]:
     return run, engine
 
 
+def ours_side_by_side(folder: Path) -> Contender:
+    """Candidates for one reply: each of them gets so many tokens, and a rate is that of one."""
+    engine = Decoder(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval(), "int8", 1024)
+    slots = list(range(CANDIDATES))
+
+    def run(count: int) -> None:
+        engine.reset()
+        logits = engine.step(PROMPT).expand(CANDIDATES, -1)
+        for step in range(count - 1):
+            logits = engine.branch([sample(row) for row in logits], slots, step, CANDIDATES)
+        for row in logits:
+            sample(row)
+
+    return run
+
+
 def transformers_on_cuda(folder: Path) -> Contender:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cuda")
     return generate(model)
@@ -202,6 +218,7 @@ def contend(title: str, folder: Path, dataset: str | None) -> None:
 
 
 PEERS = {
+    f"ours, int8, {CANDIDATES} candidates": ours_side_by_side,
     "CTranslate2 int8": ctranslate2_int8,
     "llama.cpp Q4_1": llama_cpp_q4_1,
     "original loop, float32": original,
@@ -246,7 +263,7 @@ def main() -> None:
         "--tokens", type=int, default=50, help="new ones, a round; as many as the chat makes by default"
     )
     parser.add_argument("--slow", action="store_true", help="also the original's loop and transformers' generate")
-    parser.add_argument("--precisions", default=",".join(kernels.available()))
+    parser.add_argument("--precisions", default="float32,int8")
     parser.add_argument("--dataset", help="starter only: perplexity on 40 of its test dialogues")
     parser.add_argument("--contender", nargs=2, help=argparse.SUPPRESS)
     flags = parser.parse_args()

@@ -21,7 +21,7 @@ import main as chat
 from dialogue.errors import UserError, exit_code
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-STATS = {"prompt_tokens", "new_tokens", "first_token_seconds", "tokens_per_second", "precision"}
+STATS = {"prompt_tokens", "new_tokens", "first_token_seconds", "tokens_per_second", "precision", "candidates"}
 
 
 @pytest.fixture

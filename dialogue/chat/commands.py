@@ -12,11 +12,12 @@ from dialogue.json_files import write_private
 from dialogue.plaintext import plain
 
 if TYPE_CHECKING:
+    from dialogue.chat.rerank import Candidate
     from dialogue.chat.session import Chat
 
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
 LEAVE = ("exit", "quit", "bye", "/exit", "/quit", "/bye", "/q")
-WHOLE_NUMBERS = ("max_t", "top_k", "seed")  # the other settings are any numbers
+WHOLE_NUMBERS = ("max_t", "top_k", "best_of", "seed")  # the other settings are any numbers
 
 
 def command(usage: str) -> Callable:
@@ -44,7 +45,7 @@ def run(chat: "Chat", line: str) -> None:
     if known not in COMMANDS:
         raise UserError(f"there is no command {plain(name)}: /help lists them; // sends a message that starts with /")
     usage, function = COMMANDS[known]
-    if bool(rest) != (" " in usage):
+    if bool(rest) != (" " in usage) and (rest or not usage.endswith("]")):
         raise UserError(f"it is typed {usage}")
     function(chat, rest[0].strip() if rest else "")
 
@@ -95,7 +96,7 @@ def undo(chat: "Chat", rest: str) -> None:
 
 @command("/set NAME VALUE")
 def set_value(chat: "Chat", rest: str) -> None:
-    """change max_t, temp, top_k, top_p, min_p, repetition_penalty or seed"""
+    """change max_t, temp, top_k, top_p, min_p, best_of, repetition_penalty or seed"""
     name, _, text = re.sub(r"\s*=\s*|\s+", " ", rest).partition(" ")
     name, settings = name.lower(), chat.settings()
     if name not in (*settings, "seed"):
@@ -159,6 +160,36 @@ def why(chat: "Chat", rest: str) -> None:
         "probability by the model alone, after repetition penalty and temperature, and as drawn; "
         "then how many tokens each setting had removed"
     )
+    said, ranked = chat.conversation.turns[-1][1:-1], chat.conversation.candidates
+    for place, candidate in enumerate(ranked, 1):
+        if candidate.tokens == said:
+            chat.note(f"candidate {place} of {len(ranked)}: {standing(candidate)}; /alt lists them")
+            break
+
+
+@command("/alt [N]")
+def alternatives(chat: "Chat", rest: str) -> None:
+    """the candidates of the last reply, the best first; with N, take that one instead"""
+    talk = chat.conversation
+    if not talk.candidates:
+        raise UserError("the last reply was drawn alone: /set best_of 8 makes the next one the best of 8 candidates")
+    if rest:
+        text = talk.take(int(rest) if rest.isdecimal() and len(rest) < 4 else 0)
+        chat.console.print("bot> ", end="", style="bold")
+        chat.console.print(text, markup=False)
+        return
+    for place, each in enumerate(talk.candidates, 1):
+        chat.console.print(f"{place}  {plain(each.text)}", markup=False)
+        chat.note(f"   {standing(each)}")
+
+
+def standing(candidate: "Candidate") -> str:
+    """Why a candidate stands where it does."""
+    how = f", drawn at temperature {candidate.temp:.2g}"
+    if candidate.fault:
+        return candidate.fault + how
+    given, alone = candidate.given, candidate.alone
+    return f"score {candidate.score:.2f}: log p {given:.1f} here, {alone:.1f} after a message that says nothing{how}"
 
 
 @command("/save FILE")

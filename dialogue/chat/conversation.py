@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from dialogue.chat import drafts, rerank
 from dialogue.chat.engine import Model
 from dialogue.chat.sampling import Explained, Sampling, explain
 from dialogue.errors import UserError
@@ -23,12 +25,21 @@ class Stats(NamedTuple):
     first_token_seconds: float
     tokens_per_second: float  # after the first one
     precision: str
+    candidates: int = 1  # that it was chosen from; while they are drawn, `new_tokens` are those of all
+
+    @property
+    def seconds(self) -> float:
+        """The whole wait. The chosen one of several candidates comes all at once."""
+        streamed = self.tokens_per_second if self.candidates == 1 else 0.0
+        return self.first_token_seconds + ((self.new_tokens - 1) / streamed if streamed else 0.0)
 
 
-def check(max_t: int, **values: Any) -> Sampling:
+def check(max_t: int, best_of: int = 1, **values: Any) -> Sampling:
     """The sampling that `values` name. Raises UserError for a value out of range."""
     if not isinstance(max_t, int) or max_t < 1:
         raise UserError(f"max_t must be a whole number above 0, not {max_t}")
+    if not isinstance(best_of, int) or not 1 <= best_of <= 64:
+        raise UserError(f"best_of must be a whole number from 1 to 64, not {best_of}")
     try:
         return Sampling(**values)
     except ValueError as error:
@@ -44,6 +55,7 @@ class Conversation:
         self.forgotten = 0  # turns that left the context for the last reply
         self.sampling: Sampling | None = None  # of the last reply
         self.stats: Stats | None = None  # of the last reply, also while it is being made
+        self._choice: tuple[Any, list[rerank.Candidate], Any] = None, [], None  # turns, candidates, how they were drawn
         self.generator = torch.Generator()
         self.set_seed(seed)
 
@@ -60,9 +72,12 @@ class Conversation:
         """Tokens of the conversation so far."""
         return sum(map(len, self.turns))
 
-    def reply(self, message: str, max_t: int, sampling: Sampling) -> Generator[str, None, None]:
+    def reply(self, message: str, max_t: int, sampling: Sampling, best_of: int = 1) -> Generator[str, None, None]:
         """Say `message`, and yield the answer piece by piece; whole characters, no control sequences.
 
+        With `best_of` above 1, so many answers are drawn, one at temperature 0 and the others cooler than asked for,
+        and the one that fits best is given (`dialogue/chat/rerank.py`); an empty piece comes with each token until
+        then. At temperature 0 all would be the same, and one is drawn.
         Stops at <END>, after `max_t` tokens, at the end of the context, or when the caller closes the
         iterator; what was said until then is kept. Raises UserError for a message that does not fit into the
         context, and for a model whose logits are not numbers; the conversation is then as it was before.
@@ -77,8 +92,14 @@ class Conversation:
         self.forgotten = len(before) - len(kept)
         prompt = [token for turn in self.turns for token in turn] + [self.roles.bot]
         said: list[int] = []
+        most, ranked = min(max_t, self.limit - 1 - len(prompt)), []
         try:
-            yield from self._stream(prompt, said, min(max_t, self.limit - 1 - len(prompt)), sampling)
+            if best_of > 1 and sampling.temp > 0:
+                ranked = yield from self._best(prompt, message, most, sampling, best_of)
+                said += ranked[0].tokens
+                yield plain(ranked[0].text)
+            else:
+                yield from self._stream(prompt, said, most, sampling)
         except BaseException:
             if not said:
                 self.turns, self.forgotten = before, 0
@@ -86,7 +107,8 @@ class Conversation:
         finally:
             if self.turns is not before:
                 self.turns = [*self.turns, [self.roles.bot, *said, self.roles.end]]
-                self.sampling = sampling
+                self._choice = self.turns, ranked, sampling
+                self.sampling = replace(sampling, temp=ranked[0].temp) if ranked else sampling
 
     def _stream(self, prompt: list[int], said: list[int], most: int, sampling: Sampling) -> Generator[str, None, None]:
         """Yield text while `said` fills with the reply's ids, <END> apart."""
@@ -118,6 +140,59 @@ class Conversation:
         rest = plain(decode_text(self.tokenizer, said))
         if len(rest) > len(shown):
             yield rest[len(shown) :]
+
+    def _best(
+        self, prompt: list[int], message: str, most: int, sampling: Sampling, count: int
+    ) -> Generator[str, None, list[rerank.Candidate]]:
+        """Candidates for the answer, the best first; yields an empty piece with each token that is drawn."""
+        start, read_before = time.perf_counter(), self.model.tokens_read
+        temps = [0.0] + [sampling.temp * rerank.COOLER] * (count - 1)
+        samplings, prompt_tokens = [replace(sampling, temp=temp) for temp in temps], 0
+        self.stats = None
+        written: list[drafts.Draft] = []
+        try:
+            for written in drafts.write(self.model, prompt, most, samplings, self.generator):
+                prompt_tokens = prompt_tokens or self.model.tokens_read - read_before
+                drawn, seconds = sum(len(draft.tokens) for draft in written), time.perf_counter() - start
+                self.stats = Stats(prompt_tokens, drawn, seconds, drawn / seconds, self.model.engine.precision, count)
+                yield ""
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        found = [self._candidate(draft, message) for draft in written]
+        sound = [place for place, each in enumerate(found) if not each.fault]
+        replies = [written[place].tokens for place in sound]
+        nothing = [*self._turn(0, rerank.NOTHING), self.roles.bot]
+        for place, nats in zip(sound, drafts.log_probabilities(self.model, nothing, replies), strict=True):
+            found[place] = found[place]._replace(alone=nats)
+        ranked = rerank.rank(found)
+        drafts.keep(self.model, prompt, written, found.index(ranked[0]))
+        if self.stats:
+            seconds = time.perf_counter() - start
+            self.stats = self.stats._replace(new_tokens=len(ranked[0].tokens), first_token_seconds=seconds)
+        return ranked
+
+    def _candidate(self, draft: drafts.Draft, message: str) -> rerank.Candidate:
+        ended = draft.tokens[-1] == self.roles.end
+        tokens = draft.tokens[: len(draft.tokens) - ended]
+        text = decode_text(self.tokenizer, tokens)
+        fault = rerank.fault(text, message, ended)
+        return rerank.Candidate(tokens, text, draft.nats, temp=draft.sampling.temp, fault=fault)
+
+    @property
+    def candidates(self) -> list[rerank.Candidate]:
+        """What the last answer was chosen from, the best first; none where it was drawn alone."""
+        return self._choice[1] if self._choice[0] is self.turns else []
+
+    def take(self, number: int) -> str:
+        """Put candidate `number`, from 1, in the place of the last answer; its text. Raises UserError without one."""
+        ranked, sampling = self.candidates, self._choice[2]
+        if not 1 <= number <= len(ranked):
+            raise UserError(f"the last reply has {len(ranked) or 'no'} candidates" + ", from 1" * bool(ranked))
+        chosen = ranked[number - 1]
+        self.turns = [*self.turns[:-1], [self.roles.bot, *chosen.tokens, self.roles.end]]
+        self._choice = self.turns, ranked, sampling
+        self.sampling = replace(sampling, temp=chosen.temp)
+        return plain(chosen.text)
 
     def _newest(self, room: int) -> list[list[int]]:
         """The turns, or where they exceed `room` tokens the newest of them; a message goes with its answer.

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from dialogue.chat.decoder import FAMILIES, Decoder, Norm, Product, Weights
+from dialogue.chat.decoder import Decoder
+from dialogue.chat.families import FAMILIES, Norm, Product, Weights
 from dialogue.chat.sampling import Sampling, candidates
 
 AHEAD = 4  # steps that are asked for before the first of them has to be there; END makes them useless, at little cost
@@ -26,8 +27,6 @@ BROKEN = -1  # stands for the token where the logits are not finite
 
 class GraphDecoder(Decoder):
     """A `Decoder` with 16-bit weights on a GPU, which draws its tokens there."""
-
-    token = None
 
     def __init__(self, model: PreTrainedModel, context: int) -> None:
         self.precision, self.length = str(model.dtype).removeprefix("torch."), 0

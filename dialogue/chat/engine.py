@@ -11,7 +11,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from dialogue import machine, models
 from dialogue.chat.cuda_graph import GraphDecoder, difference
-from dialogue.chat.decoder import Decoder, supported
+from dialogue.chat.decoder import Decoder
+from dialogue.chat.families import supported
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.errors import UserError, in_a_line
 from dialogue.prompt import find_roles, without_roles
@@ -96,6 +97,10 @@ class Model:
             control = {*self.tokenizer.all_special_ids, *self.roles} - {self.roles.end}
             self.forbidden = sorted(unknown | control)
         return logits
+
+    def holds(self, ids: list[int]) -> None:
+        """The engine's cache has come to hold `engine.length` of `ids` without being asked for logits."""
+        self._read = list(ids)
 
     def tokens(
         self, prompt: list[int], most: int, sampling: Sampling, generator: torch.Generator

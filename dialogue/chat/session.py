@@ -34,9 +34,8 @@ def figures(stats: "Stats", how: str) -> str:
     """One line: a JSON object, or for a person."""
     if how == "json":
         return json.dumps(stats._asdict())
-    later = (stats.new_tokens - 1) / stats.tokens_per_second if stats.tokens_per_second else 0.0
-    seconds = stats.first_token_seconds + later
-    return f"{stats.new_tokens} tokens, {seconds:.1f} s, {stats.tokens_per_second:.0f} tokens/s, {stats.precision}"
+    tokens = f"{stats.new_tokens} tokens" + (f", the best of {stats.candidates}" if stats.candidates > 1 else "")
+    return f"{tokens}, {stats.seconds:.1f} s, {stats.tokens_per_second:.0f} tokens/s, {stats.precision}"
 
 
 class Chat:
@@ -107,7 +106,8 @@ class Chat:
                 text = below + wrap.add(piece)
                 if live and conversation.stats:
                     now = conversation.stats
-                    line = f"{now.new_tokens} tokens, {now.tokens_per_second:.0f} tokens/s"
+                    of = f" of {now.candidates} candidates" if now.candidates > 1 else ""
+                    line = f"{now.new_tokens} tokens{of}, {now.tokens_per_second:.0f} tokens/s"
                     # One line down, the figures, one line up, to where the text goes on. Relative, since the
                     # line break may scroll the screen.
                     text += f"\n\x1b[2m{line[: self.console.width - 1]}\x1b[0m\x1b[1A\x1b[{wrap.column + 1}G"
