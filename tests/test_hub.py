@@ -16,7 +16,7 @@ from stand_in_hub import Hub
 import Fine_tuningmodel as script
 from dialogue import hub as hub_module
 from dialogue.chat.engine import load
-from dialogue.data.corpus import DAILYDIALOG_SIZES, SOURCES, load_corpus
+from dialogue.data.sources import DAILYDIALOG_SIZES, SOURCES, load_corpus
 from dialogue.errors import UserError, exit_code
 from dialogue.models import load_config
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import Fine_tuningmodel as script
 from dialogue.chat import kernels
-from dialogue.data.corpus import DAILYDIALOG_LICENCE
+from dialogue.data.sources import DAILYDIALOG_LICENCE
 from dialogue.errors import UserError, exit_code
 from dialogue.measure.replies import CONVERSATIONS
 from dialogue.measure.report import write_card
