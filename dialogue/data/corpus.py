@@ -63,7 +63,7 @@ def _common(marks: Iterable[set[str]]) -> set[str]:
     """Passages of many different dialogues, such as the greeting of a help desk: they mark none of them."""
     different = {frozenset(passages) for passages in marks}
     counts = Counter(itertools.chain.from_iterable(different))
-    many = min(COMMON, max(1, len(different) // 3))
+    many = min(COMMON, max(2, len(different) // 3))
     return {passage for passage, count in counts.items() if count > many}
 
 
@@ -81,7 +81,10 @@ def without_leaks(corpus: Corpus) -> Corpus:
     of the others are duplicates. Raises UserError where no training dialogue is left.
     """
     apart = without_overlap(corpus.train, corpus.validation + corpus.test)
-    train = list({tuple(" ".join(turn.split()) for turn in turns): turns for turns in reversed(apart)}.values())[::-1]
+    first: dict[str, list[str]] = {}
+    for turns in apart:
+        first.setdefault("\n".join(" ".join(turn.split()) for turn in turns), turns)
+    train = list(first.values())
     if not train:
         raise UserError(f"every training dialogue of {corpus.source} stands in its validation or test split as well")
     left_out = Counter({"left out since they overlap validation or test": len(corpus.train) - len(apart)})
