@@ -1,5 +1,6 @@
 """Small inputs in the shapes of public files and reports, each with its right value: never wrong in silence."""
 
+import csv
 import gzip
 import io
 import json
@@ -9,9 +10,12 @@ from collections import Counter
 import pyarrow
 import pytest
 from conftest import DAILYDIALOG, SHARED, needs_dailydialog
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from dialogue.data import readers
+from dialogue.data.cleaning import drop_controls
 from dialogue.data.corpus import Unlearned, without_leaks
 from dialogue.data.packing import IGNORED, encode, pack
 from dialogue.data.sources import load_corpus, read_path
@@ -23,8 +27,8 @@ CASES = SHARED / "cases"
 
 def read(path):
     left_out = Counter()
-    found = read_path(path, left_out)
-    return [turns for dialogues in found.files.values() for turns, _ in dialogues], +left_out, found.notes
+    files, _ = read_path(path, left_out, notes := [])
+    return [turns for dialogues in files.values() for turns, _ in dialogues], +left_out, notes
 
 
 def dialogues_of(tmp_path, name, content):
@@ -186,6 +190,59 @@ def test_any_shape_whatever_its_suffix(tmp_path, shape, pack_up):
     dialogues, _, _ = dialogues_of(tmp_path, "a.data", data)
     assert dialogues
     assert all(turns == ["Hi", "Ho"] for turns in dialogues)
+
+
+TURN = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=12)
+TALKS = st.lists(st.lists(st.tuples(st.booleans(), TURN), max_size=6), min_size=2, max_size=6)
+
+
+def joined(talk):
+    """What is to be read: empty turns gone, neighbours of one speaker joined, an unanswered message gone."""
+    turns = []
+    for is_bot, text in talk:
+        text = drop_controls(text).strip()
+        if text and not turns and is_bot:
+            turns.append("")
+        if text and len(turns) % 2 == is_bot:
+            turns.append(text)
+        elif text:
+            turns[-1] += "\n" + text
+    turns = turns[: len(turns) - len(turns) % 2]
+    return turns if sum(map(bool, turns)) >= 2 else []
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(talks=TALKS, order=st.randoms(use_true_random=False))
+def test_what_is_written_in_any_shape_is_read_back(tmp_path, talks, order):
+    role = ("user", "assistant")
+    expected = [turns for turns in map(joined, talks) if turns]
+    records = [{"messages": [{"role": role[is_bot], "content": text} for is_bot, text in talk]} for talk in talks]
+    assert dialogues_of(tmp_path, "a.jsonl", records)[0] == expected
+    assert dialogues_of(tmp_path, "a.json", json.dumps(records))[0] == expected
+    values = {"from": "from", "value": "value"}
+    columns = [{name: [role[b] if name == "from" else t for b, t in talk] for name in values} for talk in talks]
+    parquet.write_table(pyarrow.table({"conversations": columns}), buffer := io.BytesIO())
+    assert dialogues_of(tmp_path, "a.parquet", buffer.getvalue())[0] == expected
+
+    rows = [(d, i, role[b], t) for d, talk in enumerate(talks) for i, (b, t) in enumerate(talk)]
+    several = {d for d, *_ in rows if len({r for e, _, r, _ in rows if e == d}) > 1}
+    rows = [row for row in rows if row[0] in several]  # else nothing shows what the columns mean
+    if len(rows) * 0.75 < len(several) or not any(t.strip() and _not_a_number(t) for *_, t in rows):
+        return
+    order.shuffle(rows)
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerows([("conversation_id", "turn_index", "role", "content"), *rows])
+    found = read(tmp_path / "a.csv")[0]
+    assert sorted(found) == sorted(turns for d in several for turns in [joined(talks[d])] if turns)
+
+
+def _not_a_number(text):
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return False
 
 
 def test_history_and_input_belong_to_the_prompt(tmp_path):

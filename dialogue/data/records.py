@@ -7,22 +7,11 @@ import json
 import re
 import tokenize
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
 
+from dialogue.data import speakers
 from dialogue.data.readers import EOU, SHAPE, Record
-from dialogue.data.speakers import (
-    LEARNED,
-    ROLES,
-    SPEAKER,
-    TEXTS,
-    Conversation,
-    Said,
-    alternate,
-    find_parts,
-    is_learned,
-    own_split,
-    plain_name,
-)  # fmt: skip
+from dialogue.data.speakers import LEARNED, ROLES, SPEAKER, TEXTS, Conversation, Said, is_learned, own_split, plain_name
 from dialogue.data.tables import BOT_FLAGS, DIALOGUE, ORDER, TIME, from_rows
 from dialogue.errors import UserError
 
@@ -30,37 +19,30 @@ OTHER_CONTENT = "dialogues with images or other content than text left out"
 NOT_LEARNED = "dialogues marked as not to be learned left out"
 
 LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "utterances", "turns")
-PAIRS = tuple(
-    itertools.product(
-        ("instruction", "prompt", "question", "query", "input", "user", "human"),
-        ("response", "output", "completion", "answer", "assistant", "bot"),
-    )
-)
+PROMPTS = ("instruction", "prompt", "question", "query", "input", "user", "human")
+RESPONSES = ("response", "output", "completion", "answer", "assistant", "bot")
 
 
-class Found(NamedTuple):
-    """Dialogues of a file, each with the split that its record names; `notes` says how the file was read."""
+def to_dialogues(
+    records: list[Record], name: str, left_out: Counter[str], notes: list[str]
+) -> list[tuple[list[str], str | None]]:
+    """All records of one file -> dialogues, each with the split that its record names. Raises UserError.
 
-    dialogues: list[tuple[list[str], str | None]]
-    notes: list[str]
-
-
-def to_dialogues(records: list[Record], name: str, left_out: Counter[str]) -> Found:
-    """All records of one file -> dialogues; `left_out` counts what was dropped, by reason. Raises UserError."""
-    notes: list[str] = []
+    `left_out` counts what is dropped, by reason; `notes` is told how the file was read.
+    """
     first = records[0].value if records else None
     if isinstance(first, dict) and not _find_list(first) and not _find_pair(first):
         conversations = from_rows(records, name, notes)
     else:
         conversations = [found for found in (_from_record(record, left_out) for record in records) if found]
-    parts = find_parts(conversations, notes)
-    dialogues = [(alternate(one.messages, parts, left_out), one.split) for one in conversations]
-    return Found([(turns, split) for turns, split in dialogues if turns], notes)
+    parts = speakers.find_parts(conversations, notes)
+    dialogues = [(speakers.alternate(one.messages, parts, left_out), one.split) for one in conversations]
+    return [(turns, split) for turns, split in dialogues if turns]
 
 
 def wanted_columns(names: list[str]) -> list[str]:
     """Those of a table's columns that may matter here."""
-    known = {*LISTS, *itertools.chain(*PAIRS), *TEXTS, *BOT_FLAGS, *LEARNED, "split", "history", "context"}
+    known = {*LISTS, *PROMPTS, *RESPONSES, *TEXTS, *BOT_FLAGS, *LEARNED, "split", "history", "context"}
     patterns = (SPEAKER, ORDER, TIME, DIALOGUE, re.compile(".*id"))
     return [name for name in names if plain_name(name) in known or any(p.fullmatch(plain_name(name)) for p in patterns)]
 
@@ -70,7 +52,8 @@ def _find_list(record: dict[str, Any]) -> str | None:
 
 
 def _find_pair(record: dict[str, Any]) -> tuple[str, str] | None:
-    return next((pair for pair in PAIRS if all(isinstance(record.get(name), str) for name in pair)), None)
+    pairs = itertools.product(PROMPTS, RESPONSES)
+    return next((pair for pair in pairs if all(isinstance(record.get(name), str) for name in pair)), None)
 
 
 def _from_record(record: Record, left_out: Counter[str]) -> Conversation | None:
@@ -87,9 +70,8 @@ def _from_record(record: Record, left_out: Counter[str]) -> Conversation | None:
     if isinstance(value, str):
         value = _parse_cell(value, where)
     if isinstance(value, dict) and all(isinstance(values, list) for values in value.values()):
-        value = [
-            dict(zip(value, item, strict=False)) for item in zip(*value.values(), strict=False)
-        ]  # lists side by side
+        lists = zip(*value.values(), strict=False)  # side by side, as Parquet may have them
+        value = [dict(zip(value, item, strict=True)) for item in lists]
     if isinstance(value, list) and value and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         value = list(itertools.chain(*value))  # [["Hi", "Hello"], ...]
     if isinstance(value, list) and all(isinstance(turn, str | None) for turn in value):

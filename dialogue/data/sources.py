@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dialogue import hub, wheels
 from dialogue.data.cleaning import clean, looks_tokenised
@@ -38,10 +38,11 @@ EPISODE_WORDS = 20  # of a turn, at most: whoever learns from longer ones ramble
 def load_corpus(dataset: str) -> Corpus:
     """Load "dailydialog", "chitchat", the path of a file or folder, or OWNER/NAME of the hub.
 
-    A path is what exists, or has a separator, a dot or a leading "~". A folder in the working directory that
-    happens to be called "dailydialog" is not taken for the dataset: that one is "./dailydialog".
-    Raises UserError, one line, for anything that cannot be read or holds no dialogue.
+    A folder in the working directory that happens to be called "dailydialog" is not taken for the dataset: that one is
+    "./dailydialog". Raises UserError, one line, for anything that cannot be read or holds no dialogue.
     """
+    left_out: Counter[str] = Counter()
+    notes: list[str] = []
     if dataset == "dailydialog":
         return _dailydialog()
     if dataset == "chitchat":
@@ -49,30 +50,26 @@ def load_corpus(dataset: str) -> Corpus:
     # os.path and not Path: a name too long, or a folder that may not be entered, is False there and no exception.
     path = os.path.expanduser(dataset)
     if dataset and os.path.exists(path):
-        left_out: Counter[str] = Counter()
-        found = read_path(Path(path), left_out)
-        return _gather(found.files, shown(path), found.released, left_out, found.notes)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not os.path.isdir(dataset.split("/")[0]):
-        return _from_hub(dataset)
-    if dataset and ({os.sep, "/"} & set(dataset) or "." in dataset or dataset[0] == "~"):
-        raise UserError(
-            f"dataset {path} does not exist: give the path of a file or a folder, or dailydialog or chitchat"
+        files, released = read_path(Path(path), left_out, notes)
+        return _gather(files, shown(path), released, left_out, notes)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not dataset.lower().endswith(SUFFIXES):
+        return _gather(
+            _from_hub(dataset, left_out, notes),
+            dataset,
+            "dailydialog" in re.sub(r"[\W_]", "", dataset.lower()),
+            left_out,
+            notes,
         )
-    raise UserError(f"there is no dataset {dataset!r}: choose dailydialog, chitchat, or the path of a file or folder")
+    choices = "choose dailydialog, chitchat, the path of a file or folder, or OWNER/NAME of the hub"
+    raise UserError(f"dataset {shown(path)!r} does not exist: {choices}")
 
 
-class Found(NamedTuple):
-    """What lies at a path; `released`: it has the separators of DailyDialog's release."""
+def read_path(path: Path, left_out: Counter[str], notes: list[str]) -> tuple[Files, bool]:
+    """All dialogues at `path`, and whether they have the separators of DailyDialog's release.
 
-    files: Files
-    released: bool
-    notes: list[str]
-
-
-def read_path(path: Path, left_out: Counter[str]) -> Found:
-    """All dialogues at `path`. What holds none in a folder or an archive is passed over, and named in the notes."""
+    What holds no dialogues in a folder or an archive is passed over, and named in the notes.
+    """
     files: Files = {}
-    notes: list[str] = []
     passed_over: list[str] = []
     released = False
     for parts, data in walk(path, passed_over):
@@ -80,18 +77,18 @@ def read_path(path: Path, left_out: Counter[str]) -> Found:
         try:
             with faults_named(name):
                 records = list(read_records(data, name, wanted_columns))
-                found = to_dialogues(records, name, left_out)
+                files[parts] = to_dialogues(records, name, left_out, notes)
         except NoDialogues:
             if not parts:
                 raise
             passed_over.append("/".join(parts))
             continue
         released |= EOU.encode() in data
-        files[parts] = found.dialogues
-        notes += found.notes
     if not files:
         raise UserError(f"{path} holds no data file with dialogues ({', '.join(SUFFIXES)}): see docs/own-data.md")
-    return Found(files, released, [*notes, *([f"not read: {_some(passed_over)}"] if passed_over else [])])
+    if passed_over:
+        notes.append(f"not read: {_some(passed_over)}")
+    return files, released
 
 
 def _some(names: list[str]) -> str:
@@ -107,25 +104,22 @@ def _gather(files: Files, source: str, released: bool, left_out: Counter[str], n
     tokenised = looks_tokenised([turns for dialogues in files.values() for turns, _ in dialogues])
     found: dict[str, Dialogues] = {name: [] for name in SPLITS}
     origin: dict[str, list[str]] = {name: [] for name in SPLITS}
-    whole = [
-        parts for parts, dialogues in files.items() if released and len(dialogues) == sum(DAILYDIALOG_SIZES.values())
-    ]
+    three = sum(DAILYDIALOG_SIZES.values())  # dialogues_text.txt has all splits once more
+    whole = {parts for parts in files if (tokenised or released) and len(files[parts]) == three}
     if whole and len(files) > len(whole):
-        notes.append(f"not read, since it repeats the splits: {'/'.join(whole[0])}")
+        notes.append(f"not read, since it repeats the splits: {_some(['/'.join(parts) for parts in whole])}")
         files = {parts: dialogues for parts, dialogues in files.items() if parts not in whole}
-        whole = []
+    splits = _splits_by_name(list(files))
     for parts, dialogues in files.items():
-        split = _split_by_siblings(parts, list(files))
+        split = splits[parts]
+        is_test = parts in whole or (split == "train" and split_by_name("/".join((source[-60:], *parts))) == "test")
+        if is_test and (tokenised or (released and len(dialogues) >= DAILYDIALOG_SIZES["test"])):
+            raise UserError(f"{source} holds DailyDialog's test split, never trained on: give its train.zip as well")
         origin[split].append("/".join(parts))
-        is_test = split == "train" and split_by_name("/".join((Path(source).name, *parts))) == "test"
-        if (whole or is_test) and (tokenised or released) and len(dialogues) >= 1_000:
-            raise UserError(
-                f"{source} holds DailyDialog's test split, which is not for training: give its train.zip too"
-            )
         for turns, own in dialogues:
             found[own or split].append(turns)
     if tokenised or released:
-        found = {name: [[clean(turn) for turn in turns] for turns in found[name]] for name in SPLITS}
+        found = {name: [list(map(clean, turns)) for turns in found[name]] for name in SPLITS}
     notes.append("DailyDialog's tokenisation undone" if tokenised or released else "text taken as it is")
     if len(files) > 1:
         notes += [f"{name} from {_some(origin[name])}" for name in SPLITS if origin[name]]
@@ -145,37 +139,35 @@ def _gather(files: Files, source: str, released: bool, left_out: Counter[str], n
     return Corpus(**found, source=source, licence=DAILYDIALOG_LICENCE if tokenised else None, notes=notes)
 
 
-def _split_by_siblings(parts: Parts, files: list[Parts]) -> str:
+def _splits_by_name(files: list[Parts]) -> dict[Parts, str]:
     """ "validation/part-0.jsonl" -> "validation", where a split of another name lies beside it; else train."""
-    for depth in reversed(range(len(parts))):
-        beside = {
-            split_by_name(other[depth]) for other in files if other[:depth] == parts[:depth] and len(other) > depth
-        }
-        split = split_by_name(parts[depth])
-        if split and len(beside - {None}) > 1:
-            return split
-    return "train"
+    beside: dict[Parts, set[str | None]] = {}
+    for parts in files:
+        for depth, part in enumerate(parts):
+            beside.setdefault(parts[:depth], set()).add(split_by_name(part))
+    splits = dict.fromkeys(files, "train")
+    for parts in files:
+        for depth, part in enumerate(parts):  # the innermost name decides
+            if split_by_name(part) and len(beside[parts[:depth]] - {None}) > 1:
+                splits[parts] = str(split_by_name(part))
+    return splits
 
 
-def _from_hub(name: str) -> Corpus:
+def _from_hub(name: str, left_out: Counter[str], notes: list[str]) -> Files:
     """A dataset of the hub, from its data files: `datasets` 4 and later run no code of a repository."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
         loaded = datasets.load_dataset(name)
-    except Exception as error:  # no such name, no network, a configuration to be chosen: it says which
+    except Exception as error:  # no such name, no network, a configuration to be chosen: the message says which
         raise UserError(f"{name} is no path here, and no dataset that the hub gives: {in_a_line(error)}") from error
-    left_out: Counter[str] = Counter()
     files: Files = {}
-    notes: list[str] = []
     for split, rows in loaded.items():
         rows = rows.select_columns(wanted_columns(rows.column_names))
         records = [Record(f"{name}, {split} {number}", row) for number, row in enumerate(rows, 1)]
-        found = to_dialogues(records, f"{name}/{split}", left_out)
-        files[(str(split),)] = found.dialogues
-        notes += found.notes
-    return _gather(files, name, "dailydialog" in name.lower().replace("_", ""), left_out, notes)
+        files[(str(split),)] = to_dialogues(records, f"{name}/{split}", left_out, notes)
+    return files
 
 
 def _dailydialog() -> Corpus:
@@ -189,15 +181,11 @@ def _dailydialog() -> Corpus:
         left_out = {name: Counter[str]() for name in SPLITS}
         try:
             for name in SPLITS:
-                file = hf_hub_download(
-                    repository,
-                    pattern.format(split=name),
-                    repo_type="dataset",
-                    revision=revision,
-                    local_files_only=offline,
-                )
-                files = read_path(Path(file), left_out[name]).files.values()
-                found[name] = [[clean(turn) for turn in turns] for dialogues in files for turns, _ in dialogues]
+                path = pattern.format(split=name)
+                places: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_files_only": offline}
+                file = hf_hub_download(repository, path, **places)
+                files, _ = read_path(Path(file), left_out[name], [])
+                found[name] = [list(map(clean, turns)) for dialogues in files.values() for turns, _ in dialogues]
         except Exception as error:  # whatever went wrong with this source, it is named below
             failures.append(f"{repository}: {in_a_line(error)[:120]}")
             continue

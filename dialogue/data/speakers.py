@@ -74,7 +74,7 @@ def find_parts(conversations: list[Conversation], notes: list[str]) -> dict[str,
     """Each speaker -> "user", "assistant", "system" or "tool", as far as that is the same in all conversations."""
     names = {message.who for one in conversations for message in one.messages if message.who is not None}
     parts = {name: ROLES[name.casefold()] for name in names if name.casefold() in ROLES}
-    if set(parts.values()) == {"user", "system"} and _takes_turns(conversations, parts):
+    if set(parts.values()) == {"user", "system"}:
         parts = {name: "assistant" if part == "system" else part for name, part in parts.items()}
         notes.append("no assistant speaks, so the turns of system are taken for the bot's")
     unknown = names - set(parts)
@@ -86,12 +86,6 @@ def find_parts(conversations: list[Conversation], notes: list[str]) -> dict[str,
     elif unknown:
         notes.append("whoever opens a dialogue is the person, and the other one the bot")
     return parts
-
-
-def _takes_turns(conversations: list[Conversation], parts: dict[str, str]) -> bool:
-    """Whether system speaks after the person did, in most conversations."""
-    later = [[parts.get(str(message.who)) for message in one.messages] for one in conversations]
-    return 2 * sum("user" in who and "system" in who[who.index("user") :] for who in later) > len(later)
 
 
 def alternate(messages: list[Said], parts: dict[str, str], left_out: Counter[str]) -> list[str]:

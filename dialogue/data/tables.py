@@ -1,5 +1,6 @@
 """Rows with one turn of a dialogue each -> conversations. Columns are recognised by name, and tried by content."""
 
+import math
 import re
 from datetime import datetime
 from typing import Any
@@ -8,18 +9,9 @@ from dialogue.data.readers import SHAPE, NoDialogues, Record
 from dialogue.data.speakers import SPEAKER, TEXTS, Conversation, Said, is_learned, own_split, plain_name
 from dialogue.errors import UserError
 
-BOT_FLAGS = {
-    "isagent": True,
-    "isbot": True,
-    "isassistant": True,
-    "isuser": False,
-    "iscustomer": False,
-    "inbound": False,
-}
+BOT_FLAGS = {"isagent": 1, "isbot": 1, "isassistant": 1, "isuser": 0, "iscustomer": 0, "inbound": 0}  # of a true one
 DIALOGUE = re.compile(r"(dialog|dialogue|conv|conversation|session|thread|chat|call|episode|ticket|case)[a-z]*")
-ORDER = re.compile(
-    r"(turn|utterance|utt|message|line)(id|number|num|no)?|(turn|utterance|utt|message)?(idx|index|order)"
-)
+ORDER = re.compile(r"(turn|utterance|utt|line)(id|number|num|no)?|(turn|utterance|utt|message)?(idx|index|order)")
 TIME = re.compile(r"timestamp|time|date|datetime|createdat|sentat")
 
 
@@ -48,23 +40,20 @@ def from_rows(records: list[Record], name: str, notes: list[str]) -> list[Conver
         keys = _numbers([row.value[order] for row in rows]) if order else None
         if keys:
             rows = [row for _, row in sorted(zip(keys, rows, strict=True), key=lambda pair: pair[0])]
-        said = [
-            Said(_who(row.value, speaker), str(row.value.get(text) or ""), is_learned(row.value, row.where))
-            for row in rows
-        ]
+        said = [Said(_who(row, speaker), str(row.get(text) or ""), is_learned(row, where)) for where, row in rows]
         conversations.append(Conversation(said, own_split(rows[0].value.get("split"), rows[0].where)))
-    speaks = f"{speaker} who speaks" if speaker else "that the speakers take turns, the person first"
-    notes.append(
-        f"{dialogue} of {name} tells the dialogues apart, {order or 'the order of the rows'} their turns, {speaks}"
-    )
+    speaks = f"{speaker} says who speaks" if speaker else "the speakers take turns, the person first"
+    in_order = f"{order} gives their order" if order else "they stand in order"
+    notes.append(f"{name}: {dialogue} tells the dialogues apart, {text} has the turns, {in_order}, {speaks}")
     return conversations
 
 
 def _numbers(values: list[Any]) -> list[float] | None:
     """Numbers or ISO times, as numbers; None where one is neither."""
     try:
-        return [float(value) for value in values]
-    except (TypeError, ValueError):
+        numbers = [float(value) for value in values]
+        return numbers if all(map(math.isfinite, numbers)) else None
+    except (TypeError, ValueError, OverflowError):
         pass
     try:
         times = [value if isinstance(value, datetime) else datetime.fromisoformat(value) for value in values]
@@ -76,9 +65,7 @@ def _numbers(values: list[Any]) -> list[float] | None:
 def _find_dialogue_column(values: dict[str, list[Any]], name: str) -> str | None:
     """The column that groups the rows. Raises UserError where two columns do so in different ways."""
     named = [column for column in values if DIALOGUE.fullmatch(plain_name(column)) and plain_name(column) not in TEXTS]
-    others = [
-        c for c in values if plain_name(c).endswith("id") and not SPEAKER.fullmatch(plain_name(c)) and c not in named
-    ]
+    others = [c for c in values if plain_name(c).endswith("id") and not SPEAKER.fullmatch(plain_name(c))]
     for columns in ([column for column in named if plain_name(column) == "dialogueid"], named, others):
         groupings: dict[tuple[int, ...], str] = {}
         for column in columns:
@@ -107,5 +94,5 @@ def _tells_speakers(column: str, groups: dict[str, list[Record]]) -> bool:
 def _who(row: dict[str, Any], speaker: str | None) -> str | None:
     value, flag = str(row.get(speaker or "")), BOT_FLAGS.get(plain_name(speaker or ""))
     if flag is not None:
-        value = "assistant" if (value.casefold() in ("true", "1", "1.0", "yes")) is flag else "user"
+        value = "assistant" if (value.casefold() in ("true", "1", "1.0", "yes")) == flag else "user"
     return value if speaker else None
