@@ -76,6 +76,13 @@ def test_no_artefact_is_left_in_the_real_release():
         assert turns == [clean(turn) for turn in turns], "cleaning the release twice is cleaning it once"
 
 
+def test_the_look_of_dailydialog_is_not_that_of_a_few_slips_or_of_french():
+    tokenised = [["I don ’ t know .", "Let ' s go !"], ["Yes .", "No ."], ["Fine .", "Good ."]] * 20
+    assert looks_tokenised(tokenised)
+    assert not looks_tokenised([["it' s late", "ok"], ["Fine", "Good"]] * 5), "a few slips of the pen"
+    assert not looks_tokenised([["Ça va ?", "Oui ! J’arrive : attends ."], ["C’est d’accord ?", "Oui ."]] * 50)
+
+
 # What each pattern has to search longest: a run that nearly matches, many times over or without an end.
 RUNS = [
     " ",

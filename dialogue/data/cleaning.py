@@ -43,18 +43,14 @@ _RUN_TOGETHER = re.compile(
 _NO_PROSE = re.compile(r"://|@|www\.|[(=_/]", re.IGNORECASE)
 
 
-# The look of the release: "Yes , it isn ' t ." Full stops and commas stand apart in nearly all of its dialogues,
-# the apostrophes of contractions in a quarter of them. French sets marks apart too, but neither of these.
-_MARK_APART = re.compile(r"\w [.,](?: |$)")
-_APOSTROPHE_APART = re.compile(r"\w ?[’'] (?:s|t|m|re|ve|ll|d)\b")
+# The look of the release: "it isn ' t". A quarter of its dialogues have it; French sets marks apart, but not this one.
+_APART = re.compile(r"\w ?[’'] (?:s|t|m|re|ve|ll|d)\b")
 
 
 def looks_tokenised(dialogues: list[list[str]]) -> bool:
-    """Whether this is DailyDialog's text as released, whatever the file around it."""
+    """Whether this is DailyDialog's text as released, whatever the file around it: a tenth has that look, and ten."""
     sample = dialogues[:1000]
-    marks = sum(any(map(_MARK_APART.search, turns)) for turns in sample)
-    apostrophes = sum(any(map(_APOSTROPHE_APART.search, turns)) for turns in sample)
-    return marks > 0.9 * len(sample) > 0 and apostrophes > 0.1 * len(sample)
+    return sum(any(map(_APART.search, turns)) for turns in sample) > max(10, len(sample) // 10)
 
 
 def clean(text: str) -> str:

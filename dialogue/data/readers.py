@@ -129,16 +129,15 @@ def read_records(data: bytes, name: str, choose: Callable[[list[str]], list[str]
         yield from _parquet(data, name, choose)
         return
     text = _text(data, name)
-    reader: Callable[[str, str], Iterator[Record]]
     if suffix in (".csv", ".tsv"):
-        reader = _table
+        yield from _table(text, name)
     elif suffix in (".json", ".jsonl", ".ndjson") or text.lstrip()[:1] in ("{", "["):
-        reader = _json
-    elif EOU in text:
-        reader = _release
+        yield from _json(text, name)
+    elif EOU in text:  # DailyDialog's release: one dialogue a line
+        lines = enumerate(text.split("\n"), 1)
+        yield from (Record(f"{name}:{number}", line.split(EOU)) for number, line in lines if line.strip())
     else:
         raise NoDialogues(f"{name}: unknown kind of file; known are {', '.join(SUFFIXES)}, with dialogues in them")
-    yield from reader(text, name)
 
 
 def _text(data: bytes, name: str) -> str:
@@ -148,13 +147,6 @@ def _text(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{name}:{line}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
-
-
-def _release(text: str, name: str) -> Iterator[Record]:
-    """The original release: one dialogue a line, each turn closed by `__eou__`."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield Record(f"{name}:{number}", line.split(EOU))
 
 
 def _json(text: str, name: str) -> Iterator[Record]:

@@ -15,7 +15,6 @@ from dialogue.data.cleaning import clean, looks_tokenised
 from dialogue.data.corpus import FEW, SPLITS, Corpus, Dialogues, counted, hold_out, split_by_name, split_of
 from dialogue.data.readers import EOU, SUFFIXES, NoDialogues, Parts, Record, faults_named, read_records, shown, walk
 from dialogue.data.records import to_dialogues, wanted_columns
-from dialogue.data.speakers import ONE_TURN
 from dialogue.errors import UserError, in_a_line
 
 DAILYDIALOG_LICENCE = "CC BY-NC-SA 4.0 (Li et al. 2017, 'DailyDialog')"
@@ -178,21 +177,20 @@ def _dailydialog() -> Corpus:
     failures = []
     for repository, revision, pattern in SOURCES:
         found: dict[str, Dialogues] = {}
-        left_out = {name: Counter[str]() for name in SPLITS}
+        left_out: Counter[str] = Counter()
         try:
             for name in SPLITS:
                 path = pattern.format(split=name)
                 places: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_files_only": offline}
                 file = hf_hub_download(repository, path, **places)
-                files, _ = read_path(Path(file), left_out[name], [])
+                files, _ = read_path(Path(file), left_out, [])
                 found[name] = [list(map(clean, turns)) for dialogues in files.values() for turns, _ in dialogues]
         except Exception as error:  # whatever went wrong with this source, it is named below
             failures.append(f"{repository}: {in_a_line(error)[:120]}")
             continue
-        sizes = {name: len(found[name]) + left_out[name][ONE_TURN] for name in SPLITS}
+        sizes = {name: len(found[name]) for name in SPLITS}
         if sizes == DAILYDIALOG_SIZES:
-            notes = counted(sum(left_out.values(), Counter()))
-            return Corpus(**found, source="DailyDialog", licence=DAILYDIALOG_LICENCE, notes=notes)
+            return Corpus(**found, source="DailyDialog", licence=DAILYDIALOG_LICENCE, notes=counted(left_out))
         failures.append(f"{repository}: has {sizes} dialogues, expected {DAILYDIALOG_SIZES}")
     raise UserError(
         f"DailyDialog could not be loaded ({'no network' if offline else 'the hub refused'}, and not in the cache): "
