@@ -12,6 +12,7 @@ import pytest
 from conftest import byte_tokenizer, save_random_gpt2
 from pyarrow import parquet
 from stand_in_hub import Hub
+from transformers import TrainingArguments
 
 import Fine_tuningmodel as script
 from dialogue import hub as hub_module
@@ -116,7 +117,10 @@ def test_push_to_hub(online, tiny, tmp_path, capsys):
     flags = ["--dataset", str(talk), *QUICK, "--push_to_hub", "--hub_model_id", "chatty", "--save_steps", "1"]
     flags += ["--hub_token", online.token]
     script.main([*flags, "--base_model", "tiny/gpt2", "--save_strategy", "steps"])
-    assert f"Uploaded: {online.endpoint}/someone/chatty-lora" in capsys.readouterr().out.replace("\n", "")
+    assert (
+        f"Uploaded: {online.endpoint}/someone/chatty, {online.endpoint}/someone/chatty-lora"
+        in capsys.readouterr().out.replace("\n", "")
+    )
     for repository, folder in (("someone/chatty", "gpt2-dialogue-full"), ("someone/chatty-lora", "gpt2-dialogue-lora")):
         written = {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*")}
         assert online.files[repository] == written
@@ -130,7 +134,9 @@ def test_push_to_hub(online, tiny, tmp_path, capsys):
     adapters = tmp_path / "gpt2-dialogue-lora"
     config = json.loads((adapters / "adapter_config.json").read_text())
     (adapters / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tiny)}))
-    hub_module.push(adapters, tmp_path / "gpt2-dialogue-full", "other", None, None)
+    hub_module.push(
+        adapters, tmp_path / "gpt2-dialogue-full", TrainingArguments(hub_model_id="other", hub_token=online.token)
+    )
     assert "someone/other" in online.files and "someone/other-lora" not in online.files
 
 
@@ -141,7 +147,7 @@ def test_push_without_a_login_is_said_before_the_run(online, monkeypatch, tmp_pa
     assert not list(tmp_path.glob("*gpt2*"))
     with pytest.raises(UserError, match=r"was not uploaded.*hf upload chatty"):
         (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
-        hub_module.push(tmp_path, tmp_path, "chatty", None, None)
+        hub_module.push(tmp_path, tmp_path, TrainingArguments(hub_model_id="chatty"))
 
 
 def test_the_login_that_the_documents_name(hub, tmp_path):
