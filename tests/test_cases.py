@@ -108,6 +108,8 @@ def table(header, rows):
         ("call_id,inbound,text", "{d},{p},{t}"),
         ("speaker_id,conversation_id,shop_id,text", "{s},{d},7,{t}"),
         ("dialogue_id,sent_at,from,text", "{d},2024-01-01T10:0{i},{s},{t}"),
+        ("dialogue_id,user,role,text", "{d},{s}{d},{r},{t}"),
+        ("conv_id,utterance_idx,context,prompt,speaker_idx,utterance,tags", "h{d},{i},glad,x,{s},{t},"),
     ],
 )
 def test_tables_are_read_by_what_their_columns_hold(tmp_path, header, row):
@@ -171,7 +173,9 @@ SHAPES = {
     "parts": {"messages": [{"author": {"role": "user"}, "content": [{"type": "text", "text": "Hi"}]}, ROLES[1]]},
     "prompt": {"prompt": "Hi", "response": "Ho"},
     "alpaca": {"instruction": "Hi", "input": "", "output": "Ho"},
-    "question": {"question": "Hi", "answer": "Ho", "id": 7},
+    "question": {"question": "Hi", "answer": "Ho", "id": 7, "label": "greeting"},
+    "capitals": {"Human": "Hi", "Assistant": "Ho"},
+    "names beside roles": {"messages": [{"name": "Ann", **ROLES[0]}, {"name": "Ann", **ROLES[1]}]},
     "pairs": {"conversation": [["Hi", "Ho"]]},
     "prompt and messages": {"prompt": "other", "prompt_id": "0", "messages": ROLES},
 }
@@ -257,12 +261,13 @@ def test_what_is_dropped_is_counted_by_its_reason(tmp_path):
         {"messages": [{"role": "system", "content": "Be kind."}, *ROLES, {"role": "tool", "content": "42"}, ROLES[0]]},
         {"messages": picture},
         {"messages": ROLES, "train": False},
+        {"prompt": "Hi", "completion": "Go away", "label": False},
         {"dialog": ["Hi", "x" * 200_000]},
         {"utterances": crowd},
     ]
     dialogues, left_out, _ = dialogues_of(tmp_path, "a.jsonl", records)
     assert dialogues == [["Hi", "Ho"]]
-    assert sorted(left_out.values()) == [1] * 7
+    assert sorted(left_out.values()) == [1] * 6 + [2]
     assert {reason.split()[0] for reason in left_out} == {"system", "messages", "last", "dialogues"}
 
 

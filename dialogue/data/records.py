@@ -52,8 +52,9 @@ def _find_list(record: dict[str, Any]) -> str | None:
 
 
 def _find_pair(record: dict[str, Any]) -> tuple[str, str] | None:
+    names = {plain_name(name): name for name, value in record.items() if isinstance(value, str)}
     pairs = itertools.product(PROMPTS, RESPONSES)
-    return next((pair for pair in pairs if all(isinstance(record.get(name), str) for name in pair)), None)
+    return next(((names[one], names[other]) for one, other in pairs if one in names and other in names), None)
 
 
 def _from_record(record: Record, left_out: Counter[str]) -> Conversation | None:
@@ -62,6 +63,7 @@ def _from_record(record: Record, left_out: Counter[str]) -> Conversation | None:
     split = None
     if isinstance(value, dict):
         split = own_split(value.get("split"), where)
+        left_out[speakers.SYSTEM] += bool(value.get("system"))
         if not is_learned(value, where):
             left_out[NOT_LEARNED] += 1
             return None
@@ -118,7 +120,8 @@ def _parse_cell(cell: str, where: str) -> Any:
 def _message(message: dict[str, Any], where: str) -> Said | None:
     """{"role": ..., "content": ...} under any of the known names; None where it holds other things than text."""
     fields = {plain_name(name): value for name, value in message.items()}
-    speaker = next((name for name in fields if SPEAKER.fullmatch(name) and fields[name] is not None), "")
+    names = sorted(fields, key=lambda name: name != "role")  # a name beside a role says less
+    speaker = next((name for name in names if SPEAKER.fullmatch(name) and fields[name] is not None), "")
     field = next((name for name in TEXTS if name in fields), None)
     who, text = fields.get(speaker), fields.get(field or "")
     if isinstance(who, dict):  # {"author": {"role": "user"}}

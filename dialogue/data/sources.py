@@ -119,7 +119,10 @@ def _gather(files: Files, source: str, released: bool, left_out: Counter[str], n
             found[own or split].append(turns)
     if tokenised or released:
         found = {name: [list(map(clean, turns)) for turns in found[name]] for name in SPLITS}
-    notes.append("DailyDialog's tokenisation undone" if tokenised or released else "text taken as it is")
+    notes = [
+        *dict.fromkeys(notes),
+        "DailyDialog's tokenisation undone" if tokenised or released else "text taken as it is",
+    ]
     if len(files) > 1:
         notes += [f"{name} from {_some(origin[name])}" for name in SPLITS if origin[name]]
     notes += counted(left_out)

@@ -23,7 +23,9 @@ TOO_LONG = f"dialogues with a turn of more than {LONGEST_TURN:,} characters left
 
 TEXTS = ("text", "content", "value", "utterance", "message", "body", "turn", "sentence", "msg")
 SPEAKER = re.compile(r"(role|from|speaker|sender|author|participant|agent|user|name)(id|idx|index|name|role|type)?")
-LEARNED = {"weight": True, "train": True, "learn": True, "loss": True, "masked": False, "mask": False}
+# Fields that say whether something is to be learned, and which answer says that it is; a label counts where it is true
+# or false (liked or not), and is a class otherwise.
+LEARNED = {"weight": True, "train": True, "learn": True, "loss": True, "label": True, "masked": False, "mask": False}
 
 PARTS = {
     "user": {"user", "human", "person", "customer", "client", "prompter", "visitor", "caller", "usr"},
@@ -57,6 +59,7 @@ def is_learned(record: dict[str, Any], where: str) -> bool:
     """Obeys `"weight": 0`, `"train": false`, `"masked": true` and their like. Raises UserError for other values."""
     answers = {"1": True, "true": True, "1.0": True, "0": False, "false": False, "0.0": False}
     marks = {name: value for name, value in record.items() if plain_name(name) in LEARNED and value not in (None, "")}
+    marks = {name: value for name, value in marks.items() if isinstance(value, bool) or plain_name(name) != "label"}
     for name, value in marks.items():
         if str(value).strip().casefold() not in answers:
             raise UserError(f"{where}: {name} is {str(value)[:40]!r}; only 0 and 1, or true and false, can be obeyed")

@@ -32,7 +32,7 @@ def from_rows(records: list[Record], name: str, notes: list[str]) -> list[Conver
     groups: dict[str, list[Record]] = {}
     for record in records:
         groups.setdefault(str(record.value.get(dialogue)), []).append(record)
-    others = [column for column in columns if column not in (dialogue, text)]
+    others = sorted(set(columns) - {dialogue, text}, key=lambda c: (plain_name(c) != "role", columns.index(c)))
     speaker = next((column for column in others if _tells_speakers(column, groups)), None)
     order = next((c for p in (ORDER, TIME) for c in others if p.fullmatch(plain_name(c)) and _numbers(values[c])), None)
     conversations = []
@@ -44,7 +44,7 @@ def from_rows(records: list[Record], name: str, notes: list[str]) -> list[Conver
         conversations.append(Conversation(said, own_split(rows[0].value.get("split"), rows[0].where)))
     speaks = f"{speaker} says who speaks" if speaker else "the speakers take turns, the person first"
     in_order = f"{order} gives their order" if order else "they stand in order"
-    notes.append(f"{name}: {dialogue} tells the dialogues apart, {text} has the turns, {in_order}, {speaks}")
+    notes.append(f"{dialogue} tells the dialogues apart, {text} has the turns, {in_order}, {speaks}")
     return conversations
 
 
