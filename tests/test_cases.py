@@ -88,6 +88,14 @@ def test_the_other_cases():
     assert len(alike.train) + len(alike.validation) + len(alike.test) == 10
 
 
+def test_a_text_that_speaks_of_the_separator_is_taken_as_it_is(tmp_path):
+    lines = numbered(0, 50) + json.dumps({"dialog": ["What is __eou__ ?", "The end of a turn , there ."]}) + "\n"
+    (tmp_path / "a.jsonl").write_text(lines)
+    corpus = load_corpus(str(tmp_path / "a.jsonl"))
+    assert "text taken as it is" in corpus.notes
+    assert ["What is __eou__ ?", "The end of a turn , there ."] in corpus.train + corpus.validation + corpus.test
+
+
 # ---- Tables: columns by content ------------------------------------------------------------------------------
 
 FOUR = ["Is it open?", "Yes.", "Until when?", "Until nine."]

@@ -52,13 +52,8 @@ def load_corpus(dataset: str) -> Corpus:
         files, released = read_path(Path(path), left_out, notes)
         return _gather(files, shown(path), released, left_out, notes)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not dataset.lower().endswith(SUFFIXES):
-        return _gather(
-            _from_hub(dataset, left_out, notes),
-            dataset,
-            "dailydialog" in re.sub(r"[\W_]", "", dataset.lower()),
-            left_out,
-            notes,
-        )
+        released = "dailydialog" in re.sub(r"[\W_]", "", dataset.lower())
+        return _gather(_from_hub(dataset, left_out, notes), dataset, released, left_out, notes)
     choices = "choose dailydialog, chitchat, the path of a file or folder, or OWNER/NAME of the hub"
     raise UserError(f"dataset {shown(path)!r} does not exist: {choices}")
 
@@ -82,7 +77,7 @@ def read_path(path: Path, left_out: Counter[str], notes: list[str]) -> tuple[Fil
                 raise
             passed_over.append("/".join(parts))
             continue
-        released |= EOU.encode() in data
+        released |= data.count(EOU.encode()) >= len(records) > 0
     if not files:
         raise UserError(f"{path} holds no data file with dialogues ({', '.join(SUFFIXES)}): see docs/own-data.md")
     if passed_over:
@@ -111,7 +106,9 @@ def _gather(files: Files, source: str, released: bool, left_out: Counter[str], n
     splits = _splits_by_name(list(files))
     for parts, dialogues in files.items():
         split = splits[parts]
-        is_test = parts in whole or (split == "train" and split_by_name("/".join((source[-60:], *parts))) == "test")
+        is_test = parts in whole or (
+            split == "train" and split_by_name("/".join((Path(source).name, *parts))) == "test"
+        )
         if is_test and (tokenised or (released and len(dialogues) >= DAILYDIALOG_SIZES["test"])):
             raise UserError(f"{source} holds DailyDialog's test split, never trained on: give its train.zip as well")
         origin[split].append("/".join(parts))
@@ -119,10 +116,8 @@ def _gather(files: Files, source: str, released: bool, left_out: Counter[str], n
             found[own or split].append(turns)
     if tokenised or released:
         found = {name: [list(map(clean, turns)) for turns in found[name]] for name in SPLITS}
-    notes = [
-        *dict.fromkeys(notes),
-        "DailyDialog's tokenisation undone" if tokenised or released else "text taken as it is",
-    ]
+    as_text = "DailyDialog's tokenisation undone" if tokenised or released else "text taken as it is"
+    notes = [*dict.fromkeys(notes), as_text]
     if len(files) > 1:
         notes += [f"{name} from {_some(origin[name])}" for name in SPLITS if origin[name]]
     notes += counted(left_out)
