@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dialogue import hub, machine, models, storage
-from dialogue.data import corpus
+from dialogue.data import corpus, sources
 from dialogue.measure import merge
 from dialogue.prompt import add_roles
 from dialogue.train import lora, memory, options, record, rows, runs, show, speedups, trainer
@@ -116,7 +116,7 @@ def fine_tune(run: options.Run) -> None:
     transformers.set_seed(run.arguments.seed)
 
     # Dialogues -> rows of token ids
-    dialogues = corpus.without_leaks(corpus.load_corpus(run.dataset))
+    dialogues = corpus.without_leaks(sources.load_corpus(run.dataset))
     tokenizer = models.load_tokenizer(run.base_model)
     add_roles(tokenizer)  # <USER>, <BOT>, <END>
     prepared = rows.prepare(dialogues, tokenizer, run)

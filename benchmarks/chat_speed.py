@@ -32,7 +32,7 @@ from dialogue import wheels
 from dialogue.chat.cuda_graph import GraphDecoder
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.sampling import Sampling, candidates, draw
-from dialogue.data.corpus import load_corpus
+from dialogue.data.sources import load_corpus
 from dialogue.models import STARTER, resolve
 from dialogue.prompt import encode_text
 

@@ -19,7 +19,7 @@ from peft import PeftModel
 
 import Fine_tuningmodel as script
 from dialogue import machine, models
-from dialogue.data import corpus, packing
+from dialogue.data import corpus, packing, sources
 from dialogue.measure import report
 from dialogue.measure.likelihood import hold_out
 from dialogue.measure.replies import Reply, answer, find_contexts, measure
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIATIONS, metavar="NAME")
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    talk = corpus.without_leaks(corpus.load_corpus(PRESET["dataset"]))
+    talk = corpus.without_leaks(sources.load_corpus(PRESET["dataset"]))
     tokenizer = models.load_tokenizer(PRESET["base_model"])
     roles = add_roles(tokenizer)
     device = machine.pick_device()

@@ -27,7 +27,7 @@ from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, Trainer, TrainerCallback, TrainingArguments
 
 from dialogue import machine, models
-from dialogue.data import corpus, packing
+from dialogue.data import packing, sources
 from dialogue.measure.likelihood import hold_out
 from dialogue.prompt import add_roles
 from dialogue.train import lora, speedups
@@ -106,7 +106,7 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.float32 if peer == "original" else torch.bfloat16
     tokenizer = models.load_tokenizer(options.base)
     roles = add_roles(tokenizer)
-    talk = corpus.load_corpus(options.data)
+    talk = sources.load_corpus(options.data)
     pieces = packing.encode(tokenizer, talk.train[: options.dialogues], LENGTH).pieces
     singles = [packing.to_row(piece, "both", roles.bot) for piece in pieces]
     rows = packing.pack(pieces, tokenizer, LENGTH, "both") if ours else singles
@@ -234,7 +234,7 @@ def draw(options: argparse.Namespace) -> None:
     speedups.keep_freed_memory()
     tokenizer = models.load_tokenizer(options.base)
     roles = add_roles(tokenizer)
-    talk = corpus.load_corpus(options.data)
+    talk = sources.load_corpus(options.data)
     pieces = packing.encode(tokenizer, talk.train[: options.dialogues], 256).pieces
     held_out = hold_out(packing.encode(tokenizer, talk.validation[:60], 256).pieces, tokenizer, 256)
     dtype = machine.pick_dtype(CPU)

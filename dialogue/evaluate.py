@@ -23,7 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dialogue import machine, models
 from dialogue.data import packing
-from dialogue.data.corpus import Dialogues, fold, load_corpus, without_leaks, without_overlap
+from dialogue.data.corpus import Dialogues, fold, without_leaks, without_overlap
+from dialogue.data.sources import load_corpus
 from dialogue.errors import UserError, exit_code
 from dialogue.measure import merge
 from dialogue.measure.likelihood import Estimate, Score, bootstrap, score_each

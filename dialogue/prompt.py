@@ -95,9 +95,12 @@ def encode_turn(tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: i
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> list[list[int]]:
-    """Turns -> one list of ids a turn; even turns are USER's, odd turns BOT's."""
+    """Turns -> one list of ids a turn; even turns are USER's, odd turns BOT's.
+
+    An empty first turn becomes no ids: BOT opens the dialogue.
+    """
     roles = find_roles(tokenizer)
     return [
-        encode_turn(tokenizer, roles.bot if index % 2 else roles.user, text, roles.end)
+        [] if not (text or index) else encode_turn(tokenizer, roles.bot if index % 2 else roles.user, text, roles.end)
         for index, text in enumerate(turns)
     ]

@@ -7,10 +7,13 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "c" * 40
 FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+
+ABOUT = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)(/revision/[^/]+|/tree/[^/]+(?P<tree>(/.*)?))?")
+PATHS = re.compile(r"/api/datasets/(?P<repo>[^/]+/[^/]+)/paths-info/[^/]+")
 
 
 class Hub:
@@ -73,6 +76,8 @@ class Answer(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
             return self.answer(200, {"name": "someone", "type": "user", "orgs": []}) if known else self.answer(401)
+        if about := ABOUT.fullmatch(path):
+            return self.about(about["repo"], about["tree"])
         if "/tree/" in path:
             return self.answer(404, X_Error_Code="EntryNotFound")
         return self.answer(200 if path == "/" else 404)
@@ -100,10 +105,35 @@ class Answer(BaseHTTPRequestHandler):
         self.answer(206 if part else 200, content[: len(content) // 2], **headers, Content_Length=len(content))
         self.close_connection = True
 
+    def about(self, repo, tree):
+        """A dataset's repository: what is known of it, or where `tree` is given the files below that folder."""
+        if repo not in self.hub.files:
+            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Invalid username or password.")
+        files = self.hub.files[repo]
+        if tree is None:
+            siblings = [{"rfilename": name} for name in files]
+            return self.answer(200, {"id": repo, "sha": COMMIT, "private": False, "gated": False, "siblings": siblings})
+        folder = unquote(tree).strip("/") + "/" if tree.strip("/") else ""
+        below = {folder + name[len(folder) :].split("/")[0] for name in files if name.startswith(folder)}
+        return self.answer(200, [self.entry(repo, name) for name in sorted(below)])
+
+    def entry(self, repo, name):
+        content = self.hub.files[repo].get(name)
+        if content is None:
+            return {"type": "directory", "path": name, "oid": "0"}
+        return {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         path = urlsplit(self.path).path
         self.fault(path)
+        if asked := PATHS.fullmatch(path):
+            names = parse_qs(body.decode()).get("paths") if body[:1] != b"{" else json.loads(body)["paths"]
+            known = self.hub.files.get(asked["repo"], {})
+            there = [
+                name for name in names or () if name in known or any(file.startswith(f"{name}/") for file in known)
+            ]
+            return self.answer(200, [self.entry(asked["repo"], name) for name in there])
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":

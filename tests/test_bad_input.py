@@ -76,7 +76,7 @@ WRONG_DATA = {
     "nothing but blank turns": ("blank.jsonl", '{"dialog": [" ", "\\t"]}\n' * 5, "no dialogue of two turns"),
     "one speaker only": (
         "one.jsonl", json.dumps({"messages": [{"role": "user", "content": "Hi"}] * 3}) + "\n",
-        "1 dialogues of fewer than two turns",
+        "fewer than two turns left out: 1",
     ),
     "the assistant alone": (
         "bot.jsonl", json.dumps({"messages": [{"role": "assistant", "content": "Hi"}] * 2}) + "\n", "no dialogue",
@@ -85,7 +85,7 @@ WRONG_DATA = {
     "turns that are null": ("null.jsonl", '{"dialog": null}\n', "null.jsonl:1"),
     "a string for a list": ("string.jsonl", '{"dialog": "Hi"}\n', "string.jsonl:1"),
     "an HTML page": ("page.jsonl", "<!DOCTYPE html>\n<html></html>\n", "page.jsonl:1"),
-    "a truncated gzip": ("a.jsonl", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "not UTF-8"),
+    "a truncated gzip": ("a.jsonl", b"\x1f\x8b\x08\x00" + b"\xff" * 40, "a.jsonl cannot be read"),
     "a quote that never ends": ("quote.csv", 'dialog\n"[""a"", ""b""]\n' * 3, "quote.csv"),
     "a table without rows": ("header.csv", "dialog\n", "columns|no dialogue"),
     "a name full of commands": ("\x1b[31mred\u202e\n[bold].jsonl", "{", "red"),
@@ -122,7 +122,7 @@ def test_wrong_data(what, base, here, capsys):
 def test_a_folder_of_links_in_a_circle(base, here, capsys):
     (here / "loop").symlink_to("loop")
     assert train(base, "--dataset", "./loop") == 2
-    one_line(capsys.readouterr(), "loop does not exist")
+    one_line(capsys.readouterr(), "loop. does not exist")
     (here / "data").mkdir()
     (here / "data/again").symlink_to(here / "data")
     (here / "data/dangling.jsonl").symlink_to("nowhere")
@@ -251,7 +251,7 @@ WRONG_FLAGS = [
     (["--base_model", "talk.jsonl"], "talk.jsonl"),
     (["--base_model", "a" * 300], "a" * 50),
     (["--base_model", "\x1b[31mred/model"], "red/model"),
-    (["--dataset", ""], "no dataset"),
+    (["--dataset", ""], "dataset .. does not exist"),
     (["--dataset", "\x1b[31m./nowhere"], "nowhere"),
     (["--resume"], "no unfinished run"),
     (["--resume_from_checkpoint", "nowhere"], "nowhere"),

@@ -8,7 +8,9 @@ from conftest import DAILYDIALOG, needs_dailydialog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dialogue.data.cleaning import clean
+from dialogue.data.cleaning import clean, drop_controls, looks_tokenised
+from dialogue.data.corpus import fold, split_by_name, without_overlap
+from dialogue.data.speakers import plain_name
 
 
 @pytest.mark.parametrize(
@@ -72,3 +74,49 @@ def test_no_artefact_is_left_in_the_real_release():
         artefact = r" [.,?!](\s|$)|[’‘]|[A-Za-z] ?' (s|t|m|re|ve|ll|d|am|clock)\b|'Ve\b|[a-z]{2}[.?!][A-Z][a-z]"
         assert not [turn for turn in turns if "www." not in turn and re.search(artefact, turn)]
         assert turns == [clean(turn) for turn in turns], "cleaning the release twice is cleaning it once"
+
+
+def test_the_look_of_dailydialog_is_not_that_of_a_few_slips_or_of_french():
+    tokenised = [["I don ’ t know .", "Let ' s go !"], ["Yes .", "No ."], ["Fine .", "Good ."]] * 20
+    assert looks_tokenised(tokenised)
+    assert not looks_tokenised([["it' s late", "ok"], ["Fine", "Good"]] * 5), "a few slips of the pen"
+    assert not looks_tokenised([["Ça va ?", "Oui ! J’arrive : attends ."], ["C’est d’accord ?", "Oui ."]] * 50)
+
+
+# What each pattern has to search longest: a run that nearly matches, many times over or without an end.
+RUNS = [
+    " ",
+    "a ",
+    " ’",
+    "a ’ ",
+    "'",
+    "p . ",
+    "o ' ",
+    "Aa.",
+    "aa.A",
+    "1.",
+    "http",
+    "w",
+    "a.",
+    " .",
+    ". ",
+    "<",
+    "\t ",
+    "\r\n",
+    "é ",
+    "，",
+]
+
+
+@pytest.mark.parametrize("end", ["", "x", "."])
+@pytest.mark.parametrize("run", RUNS)
+def test_no_text_takes_more_than_linear_time(run, end):
+    """A quadratic pattern would take hours for each of these, and so hang here."""
+    text = run * (200_000 // len(run)) + end
+    clean(text)
+    looks_tokenised([[text], [text]])
+    drop_controls(text)
+    fold(text)
+    without_overlap([[text, text]], [[text, run]])
+    split_by_name(text)
+    plain_name(text)

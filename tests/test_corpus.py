@@ -10,18 +10,23 @@ from conftest import DAILYDIALOG, needs_dailydialog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dialogue.data.corpus import DAILYDIALOG_SIZES, SOURCES, hold_out, load_corpus
-from dialogue.data.readers import LEADING, ONE_TURN, SYSTEM, read_file
+from dialogue.data.corpus import hold_out
+from dialogue.data.sources import DAILYDIALOG_SIZES, SOURCES, load_corpus, read_path
+from dialogue.data.speakers import ONE_TURN, SYSTEM
 from dialogue.errors import UserError
 
 TALK = [["Hi there .", "Hello !"], ["How are you ?", "Fine .", "Good ."]] * 20
-CLEAN = [["Hi there.", "Hello!"], ["How are you?", "Fine.", "Good."]] * 20
 
 
 def write(folder, name, content):
     path = folder / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return path
+
+
+def read_file(path, left_out):
+    """The dialogues at `path`, as they stand in the data."""
+    return [turns for dialogues in read_path(path, left_out, [])[0].values() for turns, _ in dialogues]
 
 
 def eou(dialogues):
@@ -47,7 +52,7 @@ def test_each_format_gives_the_same_dialogues(tmp_path):
         tmp_path / "train.zip",
     ]
     for file in files:
-        assert read_file(file, Counter()) == CLEAN, file.name
+        assert read_file(file, Counter()) == TALK, file.name
 
 
 def test_messages_alternate_and_keep_their_text(tmp_path):
@@ -60,8 +65,8 @@ def test_messages_alternate_and_keep_their_text(tmp_path):
     ]
     path = write(tmp_path, "a.jsonl", json.dumps({"messages": messages}) + '\n{"dialog": ["alone"]}\n')
     skipped = Counter()
-    assert read_file(path, skipped) == [["I use  .NET .\nAnd you ?", "Python ."]]
-    assert skipped == {SYSTEM: 1, LEADING: 1, ONE_TURN: 1}
+    assert read_file(path, skipped) == [["", "Welcome!", "I use  .NET .\nAnd you ?", "Python ."]]
+    assert +skipped == {SYSTEM: 1, ONE_TURN: 1}
 
 
 def test_no_control_character_and_no_half_emoji_reaches_the_tokenizer(tmp_path):
@@ -173,12 +178,15 @@ WRONG = {
     "line.jsonl": (GOOD + b'{"dialog": ["a"\n', "line.jsonl:2: not a line of JSON"),
     "shape.jsonl": (GOOD + b'{"text": "a"}\n', "shape.jsonl:2: not a dialogue"),
     "number.jsonl": (b'{"dialog": [1, 2]}\n', "number.jsonl:1"),
-    "list.jsonl": (b"[1]\n", "list.jsonl:1"),
+    "list.jsonl": (b"[1]\n", "list.jsonl, item 1"),
     "role.jsonl": (b'{"messages": [{"role": "cat", "content": "miau"}]}\n', "role.jsonl:1"),
     "deep.jsonl": (b'{"dialog": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "deep.jsonl"),
     "latin.jsonl": (GOOD + '{"dialog": ["é", "b"]}'.encode("latin-1"), "latin.jsonl:2: not UTF-8"),
     "utf16.txt": ("a __eou__ b".encode("utf-16"), "not UTF-8"),
-    "alone.jsonl": (b'{"dialog": ["a"]}\n{"dialog": ["", " "]}\n', "no dialogue of two turns or more; 2 dialogues"),
+    "alone.jsonl": (
+        b'{"dialog": ["a"]}\n{"dialog": ["", " "]}\n',
+        "no dialogue of two turns or more; text taken as it is; dialogues of fewer than two turns left out: 2",
+    ),
     "one.jsonl": (GOOD, "too few"),
     "broken.zip": (b"PK\x03\x04 nothing", "broken zip"),
     "broken.parquet": (b"PAR1 nothing", "no readable Parquet"),
@@ -202,7 +210,7 @@ def test_what_is_wrong_is_said_in_one_line(name, tmp_path):
 def test_a_zip_without_dialogues_and_an_empty_folder(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "hello")
-    with pytest.raises(UserError, match="not DailyDialog"):
+    with pytest.raises(UserError, match="no data file"):
         load_corpus(str(tmp_path / "other.zip"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no data file"):
@@ -228,7 +236,8 @@ def holds_dialogues_or_says_why_not(path):
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert all(len(turns) >= 2 and all(isinstance(turn, str) and turn for turn in turns) for turns in dialogues)
+        assert all(isinstance(turn, str) for turns in dialogues for turn in turns)
+        assert all(all(turns[1:]) and sum(map(bool, turns)) >= 2 for turns in dialogues), "only the first may be empty"
 
 
 ANY_JSON = st.recursive(

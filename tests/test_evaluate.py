@@ -17,7 +17,8 @@ import Fine_tuningmodel as script
 from dialogue import evaluate
 from dialogue.chat.sampling import Sampling
 from dialogue.data import packing
-from dialogue.data.corpus import Corpus, fold, load_corpus, without_leaks, without_overlap
+from dialogue.data.corpus import Corpus, fold, without_leaks, without_overlap
+from dialogue.data.sources import load_corpus
 from dialogue.errors import UserError, exit_code
 from dialogue.measure import fitting, merge, replies
 from dialogue.measure.likelihood import Score, bootstrap, hold_out, score_each
@@ -242,11 +243,11 @@ LONG = ["Could you tell me the way to the station?", "Go straight on, then left.
 
 
 def test_what_stands_in_validation_or_test_is_not_trained_on():
-    train = [["Hi!", "Hello."], [*LONG, "Thanks."], ["A", "b"], ["a!", "B?"], ["c", "d"]]
+    train = [["Hi!", "Hello."], [*LONG, "Thanks."], ["A", "b"], ["A ", " b"], ["c", "d"]]
     corpus = Corpus(train, [["hi", "HELLO!"]], [["Excuse me.", *map(str.upper, LONG)]], "here", None, ["a note"])
     clean = without_leaks(corpus)
     assert clean.train == [["A", "b"], ["c", "d"]]
-    assert clean.notes == ["a note", "2 that overlap validation or test left out", "1 duplicates left out"]
+    assert clean.notes == ["a note", "left out since they overlap validation or test: 2", "duplicates left out: 1"]
     assert without_overlap(corpus.test, corpus.train) == []
     with pytest.raises(UserError, match="every training dialogue"):
         without_leaks(corpus._replace(train=train[:1]))
@@ -276,9 +277,9 @@ def test_the_releases_leaks():
     assert len(pairs(corpus.test)) == 6_740
     assert sum(pair in known for pair in pairs(corpus.test)) == 1_607
     clean = without_leaks(corpus)
-    assert len(clean.train) == 9_711
-    assert clean.notes == ["597 that overlap validation or test left out", "810 duplicates left out"]
-    assert len(without_overlap(corpus.test, corpus.train)) == 721
+    assert len(clean.train) == 9_853
+    assert clean.notes[-2:] == ["left out since they overlap validation or test: 596", "duplicates left out: 669"]
+    assert len(without_overlap(corpus.test, corpus.train)) == 722
     assert without_overlap(corpus.test, clean.train) == corpus.test
 
 

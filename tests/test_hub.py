@@ -12,11 +12,12 @@ import pytest
 from conftest import byte_tokenizer, save_random_gpt2
 from pyarrow import parquet
 from stand_in_hub import Hub
+from transformers import TrainingArguments
 
 import Fine_tuningmodel as script
 from dialogue import hub as hub_module
 from dialogue.chat.engine import load
-from dialogue.data.corpus import DAILYDIALOG_SIZES, SOURCES, load_corpus
+from dialogue.data.sources import DAILYDIALOG_SIZES, SOURCES, load_corpus
 from dialogue.errors import UserError, exit_code
 from dialogue.models import load_config
 
@@ -130,7 +131,9 @@ def test_push_to_hub(online, tiny, tmp_path, capsys):
     adapters = tmp_path / "gpt2-dialogue-lora"
     config = json.loads((adapters / "adapter_config.json").read_text())
     (adapters / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tiny)}))
-    hub_module.push(adapters, tmp_path / "gpt2-dialogue-full", "other", None, None)
+    hub_module.push(
+        adapters, tmp_path / "gpt2-dialogue-full", TrainingArguments(hub_model_id="other", hub_token=online.token)
+    )
     assert "someone/other" in online.files and "someone/other-lora" not in online.files
 
 
@@ -141,7 +144,7 @@ def test_push_without_a_login_is_said_before_the_run(online, monkeypatch, tmp_pa
     assert not list(tmp_path.glob("*gpt2*"))
     with pytest.raises(UserError, match=r"was not uploaded.*hf upload chatty"):
         (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "gpt2"}')
-        hub_module.push(tmp_path, tmp_path, "chatty", None, None)
+        hub_module.push(tmp_path, tmp_path, TrainingArguments(hub_model_id="chatty"))
 
 
 def test_the_login_that_the_documents_name(hub, tmp_path):
@@ -152,3 +155,42 @@ def test_the_login_that_the_documents_name(hub, tmp_path):
     said = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert said.returncode == 0, said.stderr
     assert (tmp_path / "token").read_text() == hub.token
+
+
+def load_in_a_process(folder, hub, name):
+    """`load_corpus` in a process of its own: `datasets` reads the endpoint when it is imported."""
+    code = f"""
+from dialogue.data.sources import load_corpus
+from dialogue.errors import UserError
+try:
+    corpus = load_corpus({name!r})
+    print(len(corpus.train), len(corpus.validation), len(corpus.test), corpus.train[0], corpus.notes)
+except UserError as error:
+    print("error:", error)
+"""
+    environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_any_dataset_of_the_hub_by_its_name(hub, tmp_path):
+    def chats(count, start):
+        messages = [
+            [{"from": "human", "value": f"Hi {start + n}"}, {"from": "gpt", "value": "Ho"}] for n in range(count)
+        ]
+        return "".join(json.dumps({"conversations": one, "n": 1}) + "\n" for one in messages).encode()
+
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')".encode()
+    hub.files["someone/chats"] = {"data/train.jsonl": chats(90, 0), "data/test.jsonl": chats(9, 100)}
+    hub.files["someone/script"] = {"script.py": code}
+    said = load_in_a_process(tmp_path, hub, "someone/chats")
+    assert "['Hi " in said and "'train from train', 'test from test'" in said
+    train, validation, test = map(int, said.split()[:3])
+    assert (train + validation, test) == (90, 9)
+    for name in ("someone/script", "nobody/nothing"):
+        said = load_in_a_process(tmp_path, hub, name)
+        assert said.startswith(f"error: {name} is no path here, and no dataset that the hub gives")
+    assert not (tmp_path / "ran").exists(), "code of a repository ran"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
 import Fine_tuningmodel as script
-from dialogue.data.corpus import DAILYDIALOG_LICENCE
+from dialogue.data.sources import DAILYDIALOG_LICENCE
 from dialogue.errors import UserError, exit_code
 from dialogue.measure.replies import CONVERSATIONS
 from dialogue.measure.report import write_card

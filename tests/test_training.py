@@ -12,7 +12,7 @@ from helpers import plan_of, run_of, train_on
 from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from dialogue.data.packing import IGNORED, encode, fill_up, mean_span, pack
+from dialogue.data.packing import IGNORED, encode, fill_up, mean_dialogue_length, pack
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import hold_out
 from dialogue.models import load_base
@@ -141,7 +141,7 @@ def test_rows_are_filled_up_without_a_label_more():
     assert len(filled) == 8 and filled[:5] == [row] * 5
     assert all(set(extra["labels"]) == {IGNORED} for extra in filled[5:])
     assert fill_up([row] * 8, 4) == [row] * 8
-    assert mean_span([row]) == round((4 + 1) / 3)
+    assert mean_dialogue_length([row]) == round((4 + 1) / 3)
 
 
 def share(folder, out):

@@ -16,11 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dialogue.data.corpus import Unlearned
 from dialogue.prompt import encode_dialogue, find_roles
 
 IGNORED = -100  # the label that cross-entropy passes over
 
 Row = dict[str, list[int]]
+
+
+class UnlearnedIds(list[int]):
+    """Ids of an `Unlearned` turn."""
 
 
 class Encoded(NamedTuple):
@@ -35,10 +40,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogues: list[list[str]], max_l
     pieces: list[list[list[int]]] = []
     cut = skipped = 0
     for dialogue in dialogues:
-        turns = encode_dialogue(tokenizer, dialogue)
+        turns = [
+            UnlearnedIds(ids) if isinstance(text, Unlearned) else ids
+            for text, ids in zip(dialogue, encode_dialogue(tokenizer, dialogue), strict=True)
+        ]
         parts = cut_dialogue(turns, max_length)
         cut += len(parts) > 1
-        skipped += len(turns) - sum(map(len, parts))
+        skipped += len(turns) - sum(map(len, parts))  # places, of which an empty one opens a dialogue of the bot's
         pieces += parts
     notes = []
     if cut:
@@ -51,8 +59,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogues: list[list[str]], max_l
 def cut_dialogue(turns: list[list[int]], max_length: int) -> list[list[list[int]]]:
     """A dialogue -> pieces of at most `max_length` tokens, each of which starts with USER and holds a reply.
 
-    Cuts lie before a USER turn. A message and its reply that are longer than `max_length` by themselves
-    are left out, as is a last message that would stand alone.
+    Only where the bot opens a dialogue, the first turn is empty. Cuts lie before a USER turn. A message and its reply
+    that are longer than `max_length` by themselves are left out, as is a last message that would stand alone.
     """
     pieces: list[list[list[int]]] = []
     piece: list[list[int]] = []
@@ -70,15 +78,15 @@ def cut_dialogue(turns: list[list[int]], max_length: int) -> list[list[list[int]
 
 
 def supervise(turns: list[list[int]], learn: str, bot: int) -> list[int]:
-    """Turns of ids -> labels, flat. `learn` is "bot" (replies only) or "both" speakers.
+    """Turns of ids -> labels, flat. `learn` is "bot" (replies only) or "both" speakers; `UnlearnedIds` carry none.
 
     The role token that opens a turn never carries a label: the bot is told whose turn it is. The <END>
     that closes a learned turn always does. [[USER, a, END], [BOT, b, END]] with "bot" becomes
     [-100, -100, -100, -100, b, END].
     """
     labels = []
-    for turn in turns:
-        learned = learn == "both" or turn[0] == bot
+    for turn in filter(None, turns):
+        learned = (learn == "both" or turn[0] == bot) and not isinstance(turn, UnlearnedIds)
         labels += [IGNORED, *(turn[1:] if learned else [IGNORED] * (len(turn) - 1))]
     return labels
 
@@ -113,7 +121,7 @@ def pack(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, max_
     return rows
 
 
-def mean_span(rows: list[Row]) -> int:
+def mean_dialogue_length(rows: list[Row]) -> int:
     """Tokens of the dialogue that a token is in, in the mean over tokens: what its attention costs."""
     lengths = []
     for row in rows:

@@ -1,56 +1,146 @@
-"""One file of dialogues, in any of the known formats -> lists of turns.
+"""A file, by its content -> records: JSON objects and arrays, rows of a table, lines of DailyDialog's release.
 
-Everything a file can have wrong ends as a UserError that names the file, the line and what to do.
-`skipped` counts what was left out, by reason.
+Everything a file can have wrong ends as a UserError that names the file, the line and what to do. Nothing is unpacked
+or parsed before its size was looked at.
 """
 
 import csv
 import io
+import itertools
 import json
+import os
+import re
 import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dialogue.data.cleaning import clean, drop_controls
-from dialogue.errors import UserError
+from dialogue.errors import UserError, in_a_line
 
-Dialogues = list[list[str]]
-
-ONE_TURN = "dialogues of fewer than two turns skipped"
-SYSTEM = "system messages dropped"
-LEADING = "opening messages of the assistant dropped (a dialogue starts with the user)"
-
-COLUMNS = ("dialog", "dialogue", "messages", "conversations")
+LARGEST = 1 << 30  # bytes of one file, unpacked: text takes some four times as much while it is read
+DEEPEST = 3  # archives in archives
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".zip", ".gz", ".zst")
 SHAPE = '{"dialog": ["Hi", "Hello"]} or {"messages": [{"role": "user", "content": "Hi"}, ...]}'
+EOU = "__eou__"  # closes each turn of DailyDialog's release
+
+Parts = tuple[str, ...]  # folders, archives and the file, as they lie in each other
 
 
-def read_file(path: Path, skipped: Counter[str]) -> Dialogues:
-    """Read one file; its suffix says which format. Raises UserError."""
-    readers = {
-        ".jsonl": _json_lines, ".json": _json_lines, ".csv": _csv, ".parquet": _parquet, ".txt": _release, ".zip": _zip,
-    }  # fmt: skip
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: unknown kind of file; known are {', '.join(readers)}")
+class NoDialogues(UserError):
+    """A file that is something else, such as a readme: passed over in a folder."""
+
+
+class Record(NamedTuple):
+    where: str  # file and line
+    value: Any
+
+
+@contextmanager
+def faults_named(name: object) -> Iterator[None]:
+    """What can go wrong with any file becomes a UserError that begins with its name."""
     try:
-        if not path.stat().st_size:
-            raise UserError(f"{path} is empty")
-        return [turns for turns in reader(path, skipped) if _long_enough(turns, skipped)]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        yield
     except RecursionError as error:
-        raise UserError(f"{path}: nested too deeply to be dialogues") from error
+        raise UserError(f"{name}: nested too deeply to be dialogues") from error
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
+        raise UserError(f"{name} is a broken zip or gz ({in_a_line(error)}): download it again") from error
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror or in_a_line(error)}") from error
+    except MemoryError as error:
+        raise UserError(f"{name}: too little memory to read it; split it into smaller files") from error
 
 
-def _long_enough(turns: list[str], skipped: Counter[str]) -> bool:
-    skipped[ONE_TURN] += len(turns) < 2
-    return len(turns) >= 2
+def shown(path: Path | str) -> str:
+    """A path as text that can be printed and written, also where its bytes are not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _text(data: bytes, name: object) -> str:
+def _check_size(size: int, name: object) -> None:
+    if size > LARGEST:
+        raise UserError(f"{name} has more than {LARGEST / 1e9:.1f} GB (unpacked, if it is packed): split it")
+
+
+def walk(path: Path, passed_over: list[str]) -> Iterator[tuple[Parts, bytes]]:
+    """The files at `path`, those in archives too, with their parts below it: `()` for one that is a file itself.
+
+    Hidden files and folders, and the copies that macOS puts into archives, are passed over; so are other kinds of file,
+    whose names are added to `passed_over`.
+    """
+    with faults_named(path):
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        parts = tuple(map(shown, file.relative_to(path).parts))
+        if parts and not _is_wanted(parts, passed_over):
+            continue
+        with faults_named(file):
+            size = file.stat().st_size
+            _check_size(size, file)
+            data = file.read_bytes()
+        if not size:
+            raise UserError(f"{file} is empty")
+        yield from _unpack(data, parts, shown(file), passed_over)
+
+
+def _is_wanted(parts: Parts, passed_over: list[str]) -> bool:
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        return False
+    if not parts[-1].lower().endswith(SUFFIXES):
+        passed_over.append("/".join(parts))
+        return False
+    return True
+
+
+def _unpack(
+    data: bytes, parts: Parts, name: str, passed_over: list[str], depth: int = 0
+) -> Iterator[tuple[Parts, bytes]]:
+    """The data itself, or what lies in it where it is an archive."""
+    if depth > DEEPEST:
+        raise UserError(f"{name}: archives in archives, more than {DEEPEST} deep; unpack it first")
+    if data.startswith(b"PK\x03\x04") or name.lower().endswith(".zip"):
+        with faults_named(name), zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            members = [info for info in members if _is_wanted(tuple(info.filename.split("/")), passed_over)]
+            _check_size(sum(info.file_size for info in members), name)
+            contents = [(info.filename, archive.read(info)) for info in members]
+        for member, content in contents:
+            yield from _unpack(content, (*parts, *member.split("/")), f"{name}/{member}", passed_over, depth + 1)
+    elif data.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd")):
+        import pyarrow  # which `datasets` brings along, with gzip and zstd
+
+        with faults_named(name):
+            kind = "gzip" if data[0] == 0x1F else "zstd"
+            with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), kind) as stream:
+                unpacked = stream.read(LARGEST + 1)
+        _check_size(len(unpacked), name)
+        yield from _unpack(unpacked, parts, name, passed_over, depth + 1)
+    else:
+        yield parts, data
+
+
+def read_records(data: bytes, name: str, choose: Callable[[list[str]], list[str]]) -> Iterator[Record]:
+    """The records of one file that is no archive; of Parquet the columns that `choose` picks out of all their names.
+
+    Raises UserError; NoDialogues where it is another kind of file.
+    """
+    suffix = Path(re.sub(r"\.(gz|zst)$", "", name.lower())).suffix
+    if data.startswith(b"PAR1") or suffix == ".parquet":
+        yield from _parquet(data, name, choose)
+        return
+    text = _text(data, name)
+    if suffix in (".csv", ".tsv"):
+        yield from _table(text, name)
+    elif suffix in (".json", ".jsonl", ".ndjson") or text.lstrip()[:1] in ("{", "["):
+        yield from _json(text, name)
+    elif EOU in text:  # DailyDialog's release: one dialogue a line
+        lines = enumerate(text.split("\n"), 1)
+        yield from (Record(f"{name}:{number}", line.split(EOU)) for number, line in lines if line.strip())
+    else:
+        raise NoDialogues(f"{name}: unknown kind of file; known are {', '.join(SUFFIXES)}, with dialogues in them")
+
+
+def _text(data: bytes, name: str) -> str:
     """UTF-8, with or without a byte order mark and Windows line ends."""
     try:
         return data.decode("utf-8-sig").replace("\r\n", "\n")
@@ -59,126 +149,84 @@ def _text(data: bytes, name: object) -> str:
         raise UserError(f"{name}:{line}: not UTF-8 (byte {error.start}): save the file as UTF-8") from error
 
 
-def _release(path: Path, skipped: Counter[str]) -> Iterator[list[str]]:
-    return _eou_lines(_text(path.read_bytes(), path))
-
-
-def _eou_lines(text: str) -> Iterator[list[str]]:
-    """The original release: one dialogue a line, each turn closed by `__eou__`."""
-    for line in text.split("\n"):
-        if line.strip():
-            yield _cleaned(line.split("__eou__"))
-
-
-def _cleaned(turns: list[str]) -> list[str]:
-    return [turn for turn in map(clean, turns) if turn]
-
-
-def _zip(path: Path, skipped: Counter[str]) -> Iterator[list[str]]:
-    """A zip of the release; `dialogues_act_*` and `dialogues_emotion_*` beside the text are labels."""
+def _json(text: str, name: str) -> Iterator[Record]:
+    """One JSON document, or one a line. A document that is an array holds records, or is the one that /save writes."""
+    if not text.strip():
+        return
+    number = 1
     try:
-        with zipfile.ZipFile(path) as archive:
-            names = [
-                name
-                for name in archive.namelist()
-                if Path(name).name.startswith("dialogues_") and name.endswith(".txt")
-                and not Path(name).name.startswith(("dialogues_act", "dialogues_emotion"))
-            ]  # fmt: skip
-            texts = [_text(archive.read(name), f"{path}/{name}") for name in names]
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is a broken zip ({error}): download it again") from error
-    if not texts:
-        raise UserError(f"{path} holds no dialogues_*.txt: it is not DailyDialog's release")
-    for text in texts:
-        yield from _eou_lines(text)
+        document, end = json.JSONDecoder().raw_decode(text, len(text) - len(text.lstrip()))
+        if text[end:].strip():
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    yield Record(f"{name}:{number}", json.loads(line))
+        elif isinstance(document, list) and not _is_one_dialogue(document):
+            yield from (Record(f"{name}, item {number}", item) for number, item in enumerate(document, 1))
+        else:
+            yield Record(f"{name}:1", document)
+    except ValueError as error:
+        line = f"{name}:{number + getattr(error, 'lineno', 1) - 1}"
+        raise UserError(f"{line}: not a line of JSON ({error}); each line is like {SHAPE}") from error
 
 
-def _json_lines(path: Path, skipped: Counter[str]) -> Iterator[list[str]]:
-    for number, line in enumerate(_text(path.read_bytes(), path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not a line of JSON ({error}); each line is like {SHAPE}") from error
-        yield _turns(record, f"{path}:{number}", skipped)
+def _is_one_dialogue(items: list[Any]) -> bool:
+    """["Hi", "Hello"], or [{"role": "user", "content": "Hi"}, ...]"""
+    return all(isinstance(i, str) or (isinstance(i, dict) and {"role", "content"} <= {*i}) for i in items)
 
 
-def _parquet(path: Path, skipped: Counter[str]) -> Iterator[list[str]]:
+def _parquet(data: bytes, name: str, choose: Callable[[list[str]], list[str]]) -> Iterator[Record]:
+    """Rows of the columns that matter: others may hold anything, and take memory."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is no readable Parquet file ({' '.join(str(error).split())[:120]})") from error
-    for number, record in enumerate(table.to_pylist(), 1):
-        yield _turns(record, f"{path}, row {number}", skipped)
+        file = parquet.ParquetFile(pyarrow.BufferReader(data))
+        columns = choose(file.schema_arrow.names)
+        groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
+        chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+        read = [chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns]
+        _check_size(sum(chunk.total_uncompressed_size for chunk in read), name)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1000, columns=columns))
+        yield from (Record(f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{name} is no readable Parquet file ({in_a_line(error)})") from error
 
 
-def _csv(path: Path, skipped: Counter[str]) -> Iterator[list[str]]:
-    """A column `dialog` (a JSON list, or turns with `__eou__` between them), or one utterance a row: a
-    column whose name ends in "id" that says which dialogue, and one called text or utterance."""
+def _table(text: str, name: str) -> Iterator[Record]:
+    """Rows of CSV as dictionaries, with the delimiter that parts the header best.
+
+    A row with another number of fields than the header is an error with its line, as is a quotation mark that never
+    ends: rows that were read on regardless would teach the wrong speaker.
+    """
     csv.field_size_limit(1 << 27)
+    header = text.split("\n", 1)[0]
+    delimiter = max(",;\t|", key=header.count)
+    source = io.StringIO(text.replace("\0", "").replace("\r", "\n"), newline="\n")
+    lines = csv.reader(source, delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    start = 1  # the line on which the row begins
     try:
-        rows = list(csv.DictReader(io.StringIO(_text(path.read_bytes(), path).replace("\0", ""))))
+        for row in lines:
+            if row and columns and len(row) != len(columns):
+                raise UserError(
+                    f"{name}:{start}: {len(row)} fields, and the first line names {len(columns)}: put a text that "
+                    f"holds {delimiter!r} into quotation marks, and leave no field out"
+                )
+            if any(_holds_rows(cell, row, delimiter) for cell in row if "\n" in cell):
+                raise UserError(f"{name}:{start}: a quotation mark opens a text that holds other rows: remove it")
+            if row and columns:
+                yield Record(f"{name}:{start}", dict(zip(columns, row, strict=True)))
+            columns = columns or [column.strip() for column in row]
+            start = lines.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path} is no readable CSV ({error})") from error
-    columns = list(rows[0]) if rows else []
-    listed = next((name for name in columns if name in COLUMNS), None)
-    identifier = next((name for name in columns if name and name.lower().endswith("id")), None)
-    spoken = next((name for name in columns if name in ("text", "utterance", "turn", "message")), None)
-    if listed:
-        for number, row in enumerate(rows, 2):
-            yield _listed(row[listed] or "", listed, f"{path}:{number}", skipped)
-    elif identifier and spoken:
-        dialogues: dict[str, list[str]] = {}
-        for row in rows:
-            dialogues.setdefault(row[identifier], []).append(row[spoken] or "")
-        for turns in dialogues.values():
-            yield _cleaned(turns)
-    else:
-        raise UserError(f"{path}: columns {columns[:8]}; needed is dialog, or an id column and text (one turn a row)")
+        raise UserError(f"{name}:{start}: a quotation mark stands amid a text, or is never closed ({error})") from error
 
 
-def _listed(cell: str, column: str, where: str, skipped: Counter[str]) -> list[str]:
-    if "__eou__" in cell:
-        return _cleaned(cell.split("__eou__"))
-    try:
-        return _turns({column: json.loads(cell)}, where, skipped)
-    except ValueError as error:
-        raise UserError(f"{where}: column {column} is neither a JSON list nor turns with __eou__ between") from error
+def _holds_rows(cell: str, row: list[str], delimiter: str) -> bool:
+    """Whether a line of `cell` looks like a row: as many fields, the others as in this row but for digits."""
 
+    def others(fields: list[str]) -> list[str]:
+        return [re.sub(r"\d+", "0", field) for index, field in enumerate(fields) if index != row.index(cell)]
 
-def _turns(record: Any, where: str, skipped: Counter[str]) -> list[str]:
-    """One record -> turns. Text of `messages` is a person's own and is taken as it stands."""
-    column = next((name for name in COLUMNS if isinstance(record, dict) and record.get(name) is not None), None)
-    turns = record[column] if column else None
-    if isinstance(turns, list) and all(isinstance(turn, str) for turn in turns):
-        return _cleaned(turns)
-    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
-        return _messages(turns, where, skipped)
-    raise UserError(f"{where}: not a dialogue; needed is {SHAPE}")
-
-
-def _messages(messages: list[dict[str, Any]], where: str, skipped: Counter[str]) -> list[str]:
-    """Messages with roles -> turns: neighbours of one role are joined by a newline, so that roles alternate."""
-    turns: list[str] = []
-    last = "assistant"
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role not in ("user", "assistant", "system") or not isinstance(content, str):
-            raise UserError(f"{where}: each message needs a role (user, assistant or system) and a text as content")
-        content = drop_controls(content).strip()
-        if role == "system":
-            skipped[SYSTEM] += 1
-        elif not content:
-            continue
-        elif role == "assistant" and not turns:
-            skipped[LEADING] += 1
-        elif role == last:
-            turns[-1] += "\n" + content
-        else:
-            turns.append(content)
-            last = role
-    return turns
+    inner = [line.split(delimiter) for line in cell.split("\n")[1:]]
+    return len(row) > 1 and any(len(fields) == len(row) and others(fields) == others(row) for fields in inner)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue.data.packing import IGNORED, Row, collate, fill_up, pack, to_row
+from dialogue.data.packing import IGNORED, Row, UnlearnedIds, collate, fill_up, pack, to_row
 from dialogue.measure.loss import head_of, summed_nats
 from dialogue.prompt import decode_text, find_roles
 
@@ -78,7 +78,7 @@ def hold_out(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, 
 
 def text_size(turns: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Words and characters of an encoded dialogue's replies."""
-    replies = [decode_text(tokenizer, turn[1:-1]) for turn in turns[1::2]]
+    replies = [decode_text(tokenizer, turn[1:-1]) for turn in turns[1::2] if not isinstance(turn, UnlearnedIds)]
     return sum(len(reply.split()) for reply in replies), sum(map(len, replies))
 
 

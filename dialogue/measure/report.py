@@ -6,7 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from dialogue.data.corpus import DAILYDIALOG_LICENCE, Dialogues
+from dialogue.data.corpus import Dialogues
+from dialogue.data.sources import DAILYDIALOG_LICENCE
 from dialogue.measure.fitting import Fitted
 from dialogue.models import STARTER, STARTER_ON_HUB
 from dialogue.storage import RUN_FILE, write_json

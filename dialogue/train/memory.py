@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dialogue import machine, models
-from dialogue.data.packing import mean_span
+from dialogue.data.packing import mean_dialogue_length
 from dialogue.measure.loss import CHUNK
 from dialogue.models import CONV1D_FAMILIES, without_weights
 from dialogue.train.lora import count_trained
@@ -115,7 +115,7 @@ def load_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase, device: to
     config = models.load_config(run.base_model)
     return Load(
         config, count_trained(config, run.lora, tokenizer), bool(run.lora.lora_dropout), rows.length,
-        mean_span(rows.train), device.type == "cpu",
+        mean_dialogue_length(rows.train), device.type == "cpu",
     )  # fmt: skip
 
 

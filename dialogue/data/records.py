@@ -1,0 +1,137 @@
+"""Records of any known shape -> dialogues: whole dialogues, pairs of prompt and response, or rows with a turn each."""
+
+import ast
+import io
+import itertools
+import json
+import re
+import tokenize
+from collections import Counter
+from typing import Any
+
+from dialogue.data import speakers
+from dialogue.data.readers import EOU, SHAPE, Record
+from dialogue.data.speakers import LEARNED, ROLES, SPEAKER, TEXTS, Conversation, Said, is_learned, own_split, plain_name
+from dialogue.data.tables import BOT_FLAGS, DIALOGUE, ORDER, TIME, from_rows
+from dialogue.errors import UserError
+
+OTHER_CONTENT = "dialogues with images or other content than text left out"
+NOT_LEARNED = "dialogues marked as not to be learned left out"
+
+LISTS = ("messages", "conversations", "conversation", "dialog", "dialogue", "utterances", "turns")
+PROMPTS = ("instruction", "prompt", "question", "query", "input", "user", "human")
+RESPONSES = ("response", "output", "completion", "answer", "assistant", "bot")
+
+
+def to_dialogues(
+    records: list[Record], name: str, left_out: Counter[str], notes: list[str]
+) -> list[tuple[list[str], str | None]]:
+    """All records of one file -> dialogues, each with the split that its record names. Raises UserError.
+
+    `left_out` counts what is dropped, by reason; `notes` is told how the file was read.
+    """
+    first = records[0].value if records else None
+    if isinstance(first, dict) and not _find_list(first) and not _find_pair(first):
+        conversations = from_rows(records, name, notes)
+    else:
+        conversations = [found for found in (_from_record(record, left_out) for record in records) if found]
+    parts = speakers.find_parts(conversations, notes)
+    dialogues = [(speakers.alternate(one.messages, parts, left_out), one.split) for one in conversations]
+    return [(turns, split) for turns, split in dialogues if turns]
+
+
+def wanted_columns(names: list[str]) -> list[str]:
+    """Those of a table's columns that may matter here."""
+    known = {*LISTS, *PROMPTS, *RESPONSES, *TEXTS, *BOT_FLAGS, *LEARNED, "split", "history", "context"}
+    patterns = (SPEAKER, ORDER, TIME, DIALOGUE, re.compile(".*id"))
+    return [name for name in names if plain_name(name) in known or any(p.fullmatch(plain_name(name)) for p in patterns)]
+
+
+def _find_list(record: dict[str, Any]) -> str | None:
+    return next((name for name in record if plain_name(name) in LISTS and record[name] is not None), None)
+
+
+def _find_pair(record: dict[str, Any]) -> tuple[str, str] | None:
+    names = {plain_name(name): name for name, value in record.items() if isinstance(value, str)}
+    pairs = itertools.product(PROMPTS, RESPONSES)
+    return next(((names[one], names[other]) for one, other in pairs if one in names and other in names), None)
+
+
+def _from_record(record: Record, left_out: Counter[str]) -> Conversation | None:
+    """A record that holds a whole dialogue -> its messages. None, counted, where it is not to be learned."""
+    where, value = record
+    split = None
+    if isinstance(value, dict):
+        split = own_split(value.get("split"), where)
+        left_out[speakers.SYSTEM] += bool(value.get("system"))
+        if not is_learned(value, where):
+            left_out[NOT_LEARNED] += 1
+            return None
+        column = _find_list(value)
+        value = value[column] if column else _from_pair(value, where)
+    if isinstance(value, str):
+        value = _parse_cell(value, where)
+    if isinstance(value, dict) and all(isinstance(values, list) for values in value.values()):
+        lists = zip(*value.values(), strict=False)  # side by side, as Parquet may have them
+        value = [dict(zip(value, item, strict=True)) for item in lists]
+    if isinstance(value, list) and value and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
+        value = list(itertools.chain(*value))  # [["Hi", "Hello"], ...]
+    if isinstance(value, list) and all(isinstance(turn, str | None) for turn in value):
+        return Conversation([Said(None, turn or "") for turn in value], split)
+    if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
+        raise UserError(f"{where}: not a dialogue; needed is {SHAPE}")
+    messages = [_message(message, where) for message in value]
+    if None in messages:
+        left_out[OTHER_CONTENT] += 1
+    return None if None in messages else Conversation([message for message in messages if message], split)
+
+
+def _from_pair(record: dict[str, Any], where: str) -> list[dict[str, str]]:
+    """A prompt and its response, after the turns of `history` where the record has one."""
+    pair = _find_pair(record)
+    history = record.get("history") or []
+    if not pair or not isinstance(history, list) or not all(isinstance(one, list) and len(one) == 2 for one in history):
+        raise UserError(f"{where}: not a dialogue; needed is {SHAPE}")
+    asked = [record[pair[0]], *(record.get(name) for name in ("input", "context") if name not in pair)]
+    turns = [*itertools.chain(*history), "\n".join(text for text in asked if isinstance(text, str) and text.strip())]
+    roles = itertools.cycle(("user", "assistant"))
+    return [{"role": role, "content": text} for role, text in zip(roles, [*turns, record[pair[1]]], strict=False)]
+
+
+def _parse_cell(cell: str, where: str) -> Any:
+    """A cell of a table: turns with `__eou__` after each, a JSON list, or a Python list."""
+    if EOU in cell:
+        return cell.split(EOU)
+    try:
+        return json.loads(cell)
+    except ValueError:
+        pass
+    try:
+        found = ast.literal_eval(cell.strip())
+        tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(cell.strip()).readline)]
+    except (ValueError, SyntaxError, MemoryError, tokenize.TokenError) as error:
+        raise UserError(f"{where}: neither a JSON list, nor a Python list, nor turns with {EOU} between") from error
+    strings = [kind == tokenize.STRING for kind in tokens if kind not in (tokenize.NL, tokenize.NEWLINE)]
+    if any(map(all, itertools.pairwise(strings))):  # Python would take two strings without a comma for one
+        raise UserError(f"{where}: a list as NumPy prints it, without commas; save it as JSON, or each turn as a row")
+    return found
+
+
+def _message(message: dict[str, Any], where: str) -> Said | None:
+    """{"role": ..., "content": ...} under any of the known names; None where it holds other things than text."""
+    fields = {plain_name(name): value for name, value in message.items()}
+    names = sorted(fields, key=lambda name: name != "role")  # a name beside a role says less
+    speaker = next((name for name in names if SPEAKER.fullmatch(name) and fields[name] is not None), "")
+    field = next((name for name in TEXTS if name in fields), None)
+    who, text = fields.get(speaker), fields.get(field or "")
+    if isinstance(who, dict):  # {"author": {"role": "user"}}
+        who = who.get("role") or who.get("name")
+    if isinstance(text, list) and all(isinstance(part, dict) for part in text):
+        if any(part.get("type", "text") != "text" for part in text):
+            return None
+        text = "\n".join(str(part.get("text", "")) for part in text)
+    if not isinstance(who, str | int) or not field or not isinstance(text, str | None):
+        raise UserError(f"{where}: each message needs a role (user, assistant or system) and a text as content")
+    if speaker == "role" and str(who).casefold() not in ROLES:
+        raise UserError(f"{where}: the role {str(who)[:40]!r} is unknown; known are user, assistant, system and tool")
+    return Said(str(who), text or "", is_learned(message, where))
