@@ -34,7 +34,7 @@ from dialogue.chat.cuda_graph import USUAL, GraphDecoder
 from dialogue.chat.engine import proved
 from dialogue.chat.sampling import Sampling
 from dialogue.data import packing
-from dialogue.data.corpus import load_corpus
+from dialogue.data.sources import load_corpus
 from dialogue.measure.loss import head_of, mean_nats
 from dialogue.prompt import add_roles
 from dialogue.train import lora, memory, speedups

@@ -20,9 +20,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch
 import transformers
+from helpers import train_on
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, Trainer, TrainerCallback, TrainingArguments
 
@@ -31,7 +33,6 @@ from dialogue.data import packing, sources
 from dialogue.measure.likelihood import hold_out
 from dialogue.prompt import add_roles
 from dialogue.train import lora, speedups
-from dialogue.train.trainer import train
 
 PEERS = {
     "original": "pad to 512, float32, batch of 4",
@@ -116,10 +117,9 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
     )
     if ours:
         speedups.keep_freed_memory()
-        speedups.trim_base(base, keep_dropout=peer != "ours")
-    model = lora.attach(base, config, roles)
+    model = lora.attach(base, config, tokenizer)
     if ours:
-        speedups.speed_up(model)
+        speedups.apply(model, keep_dropout=peer != "ours")
     base.config.use_cache = False
     clock = Clock(options.seconds if options.epochs is None else float("inf"))
     settings: dict[str, Any] = {
@@ -176,15 +176,8 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
 
 def time_ours(model: Any, tokenizer: Any, rows: Any, pieces: Any, settings: dict[str, Any], clock: Clock) -> Any:
     """The project's own training, with the clock among its callbacks."""
-    from dialogue.train import trainer
-
-    class Timed(trainer.DialogueTrainer):
-        def __init__(self, *arguments: Any, **keywords: Any) -> None:
-            super().__init__(*arguments, **keywords)
-            self.add_callback(clock)
-
-    trainer.DialogueTrainer = Timed  # type: ignore[misc]
-    train(model, tokenizer, rows, hold_out(pieces[:1], tokenizer, LENGTH), TrainingArguments(**settings), {})
+    held_out = hold_out(pieces[:1], tokenizer, LENGTH)
+    train_on(model, tokenizer, rows, held_out, TrainingArguments(**settings), callbacks=(clock,))
     per_step = sum(len(row["labels"]) for row in rows) / len(rows) * settings["per_device_train_batch_size"]
     return figures(clock, per_step)
 
@@ -247,12 +240,10 @@ def draw(options: argparse.Namespace) -> None:
         rows = packing.pack(pieces, tokenizer, 256, "both") if packed else None
         rows = rows or [packing.to_row(piece, "both", roles.bot) for piece in pieces]
         base = models.load_base(options.base, dtype, CPU, tokenizer)
-        speedups.trim_base(base)
         config = LoraConfig(
             r=8, lora_alpha=32, lora_dropout=0.0, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM"
         )
-        model = lora.attach(base, config, roles)
-        speedups.speed_up(model)
+        model = speedups.apply(lora.attach(base, config, tokenizer))
         per_epoch = -(-len(rows) // batch)
         arguments = TrainingArguments(
             output_dir=tempfile.mkdtemp(), num_train_epochs=options.epochs, per_device_train_batch_size=batch,
@@ -260,7 +251,7 @@ def draw(options: argparse.Namespace) -> None:
             eval_steps=max(1, per_epoch // 3), save_strategy="no", report_to="none", use_cpu=True, logging_steps=10**6,
             dataloader_pin_memory=False,
         )  # fmt: skip
-        trained = train(model, tokenizer, rows, held_out, arguments, {})
+        trained = train_on(model, tokenizer, rows, held_out, arguments)
         points = [(entry["step"] / per_epoch, entry["eval_loss"]) for entry in trained.history if "eval_loss" in entry]
         points.append((options.epochs, trained.score.nats_per_token))
         print(f"{name}: {trained.steps} steps, validation loss {trained.score.nats_per_token:.4f}", flush=True)

@@ -33,10 +33,10 @@ from transformers import (
 import main as chat
 from dialogue.errors import exit_code
 from dialogue.export import main as export
-from dialogue.measure.merge import merge
+from dialogue.measure import merge
 from dialogue.models import load_base
 from dialogue.prompt import add_roles, encode_dialogue
-from dialogue.train.lora import attach, save_adapter
+from dialogue.train.lora import attach, save
 
 CPU = torch.device("cpu")
 TALK = [
@@ -80,8 +80,8 @@ def memorised(family, tokenizer, folder):
     # As a run would go on from here: adapters, and the merge.
     base = load_base(str(folder / "base"), torch.float32, CPU, tokenizer)
     lora = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
-    save_adapter(attach(base, lora, add_roles(tokenizer)), tokenizer, str(folder / "lora"))
-    merge(str(folder / "base"), folder / "lora", tokenizer, folder / "full")
+    save(attach(base, lora, tokenizer), tokenizer, folder / "lora")
+    merge.write(str(folder / "base"), folder / "lora", tokenizer, folder / "full")
     return folder / "lora", folder / "full"
 
 
