@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dialogue.data.packing import encode, to_row
 from dialogue.errors import UserError
+from dialogue.measure import merge
 from dialogue.measure.merge import MAX_PERPLEXITY_CHANGE, certify, witness_of
 from dialogue.prompt import add_roles
 from dialogue.train import speedups
@@ -87,3 +88,36 @@ def test_a_run_of_few_steps_is_certified(tmp_path):
     exact = copy.deepcopy(model)
     merged = witness_of(copy.deepcopy(model).float().merge_and_unload(), rows, 0)
     certify(witness_of(exact, rows, 0), merged, quantised=False, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("phase", ["load", "witness_of", "certify", "fit"])
+def test_a_device_without_room_for_the_merged_model_leaves_it_to_the_cpu(phase, tmp_path, monkeypatch, capsys):
+    """A ballast for each phase: the device is full there, and the certificate is made on the CPU all the same."""
+    tokenizer = byte_tokenizer()
+    roles = add_roles(tokenizer)
+    dialogues = [["Hi", f"No {n}."] for n in range(12)]
+    rows = [to_row(piece, "bot", roles.bot) for piece in encode(tokenizer, dialogues, 64).pieces]
+    trained = random_model(tokenizer)
+    witness = witness_of(trained, rows, 0)
+    merged = trained.merge_and_unload()
+    merged.config.eos_token_id = roles.end
+    merged.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    # A device that is none, for which the CPU works until the phase in which it is full.
+    cpu, load, certify_there = torch.device("cpu"), merge.load, merge.certify
+    monkeypatch.setattr(merge, "load", lambda name, dtype, _: load(name, torch.float32, cpu))
+    monkeypatch.setattr(merge, "certify", lambda one, other, quantised, _: certify_there(one, other, quantised, cpu))
+    works, calls = getattr(merge, phase), []
+
+    def full_at_first(*args, **keywords):
+        if not calls:
+            calls.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return works(*args, **keywords)
+
+    monkeypatch.setattr(merge, phase, full_at_first)
+    certificate, fitted = merge.judge(
+        witness, tmp_path, rows, dialogues, 0, torch.float32, torch.device("meta"), False, 0
+    )
+    assert "certified on the CPU" in capsys.readouterr().err
+    assert certificate["kl_nats_per_token"] < 1e-4 and fitted.max_t
