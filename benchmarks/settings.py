@@ -1,118 +1,127 @@
-"""Which settings should the starter have? Each is changed alone, on one budget of training tokens.
+"""Which settings should the starter have? Each is changed alone, on one number of training dialogues.
 
-    python -m benchmarks.settings                    all of them; writes benchmarks/settings.md
-    python -m benchmarks.settings --only "r 32"      one of them; prints its row
+    python -m benchmarks.settings                    all of them; prints a table
+    python -m benchmarks.settings --only "r 16"      one of them
 
-Base model, data and seed are the same for all rows; data and base are loaded once.
+Judged is whether the model listens: whether it finds the true reply among 20, whether the untuned base finds the
+context of its replies among 20, and how often it parrots, loops, or says the same to different messages.
 """
 
 import argparse
-import copy
-import shutil
+import dataclasses
 import tempfile
 import time
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from peft import PeftModel
 
 import Fine_tuningmodel as script
 from dialogue import machine, models
-from dialogue.data import corpus, packing, sources
-from dialogue.measure import report
-from dialogue.measure.likelihood import hold_out
-from dialogue.measure.replies import Reply, answer, find_contexts, measure
-from dialogue.prompt import add_roles
-from dialogue.train import lora, options, speedups, trainer
+from dialogue.chat.batch import CHAT, Reply, answer
+from dialogue.chat.sampling import Sampling
+from dialogue.data import corpus, sources
+from dialogue.measure import listening, report
+from dialogue.measure.replies import find_contexts, measure
+from dialogue.prompt import BOT, END, USER, add_roles
+from dialogue.train import lora, memory, options, rows, speedups, trainer
+from dialogue.train import plan as planning
 
-PRESET = script.presets["starter"]
-CONTEXTS = 100  # replies a row
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+COLD = Sampling(temp=0, repetition_penalty=1.06)
 
-# name -> what differs from the starter's preset; `share` is the share of the dialogues, so that epochs cost nothing
-VARIATIONS: dict[str, dict] = {
+
+def from_chat_markers(model: Any, tokenizer: Any) -> None:
+    """Begin the role rows between the base's own chat markers and the words: <|im_start|> with "user"."""
+    weight = model.get_input_embeddings().weight
+    ids = tokenizer.convert_tokens_to_ids
+    for token, word in ((USER, "user"), (BOT, "assistant")):
+        spoken = weight[tokenizer(word, add_special_tokens=False)["input_ids"]].float().mean(0)
+        weight.data[ids(token)] = ((weight[ids("<|im_start|>")].float() + spoken) / 2).to(weight.dtype)
+    weight.data[ids(END)] = weight[ids("<|im_end|>")]
+
+
+# name -> what differs from the starter's preset
+VARIATIONS: dict[str, dict[str, Any]] = {
     "as the preset": {},
-    "learning rate 3e-4": {"training": {"learning_rate": 3e-4}},
-    "learning rate 5e-4": {"training": {"learning_rate": 5e-4}},
-    "learning rate 2e-3": {"training": {"learning_rate": 2e-3}},
-    "learning rate 4e-3": {"training": {"learning_rate": 4e-3}},
-    "r 4": {"lora": {"r": 4}},
-    "r 32": {"lora": {"r": 32}},
-    "loss on the bot's turns alone": {"learn": "bot"},
-    "half the dialogues, 2 epochs": {"share": 1 / 2, "training": {"num_train_epochs": 2}},
-    "a third of the dialogues, 3 epochs": {"share": 1 / 3, "training": {"num_train_epochs": 3}},
-    "random rows for the role tokens": {"random_rows": True},
-    "2 rows a step": {"training": {"per_device_train_batch_size": 2}},
-    "another seed": {"training": {"seed": 43}},  # how much is chance
-}
+    "learning rate 1e-3": {"flags": ["--learning_rate", "1e-3"]},
+    "learning rate 4e-3": {"flags": ["--learning_rate", "4e-3"]},
+    "2 rows a step": {"flags": ["--per_device_train_batch_size", "2"]},
+    "loss on the bot's turns alone": {"flags": ["--learn", "bot"]},
+    "roles begin as chat markers": {"rows": from_chat_markers},
+    "all projections, r 8": {"lora": {"target_modules": ALL}},
+    "all projections, r 16": {"lora": {"target_modules": ALL, "r": 16}},
+    "all projections, r 16, 2 rows a step": {
+        "lora": {"target_modules": ALL, "r": 16}, "flags": ["--per_device_train_batch_size", "2"],
+    },
+    "another seed": {"flags": ["--seed", "43"]},  # how much is chance
+}  # fmt: skip
+
+
+def train(change: dict[str, Any], dialogues: int, folder: str) -> tuple[Any, Any, trainer.Trained, int]:
+    """The model with adapters, its tokenizer, how its training went, and how many tokens that were."""
+    run = options.resolve(
+        ["--preset", "starter", "--max_train_dialogues", str(dialogues), "--output_dir", folder, "--yes",
+         "--save_strategy", "no", "--eval_strategy", "no", *change.get("flags", [])],
+        script.presets, script.lora_config, script.quant_config, script.training_args,
+        **{name: getattr(script, name) for name in ("base_model", "dataset", "max_train_dialogues", "max_length",
+           "learn", "adapter_dir", "merged_dir", "early_stopping_patience")},
+    )  # fmt: skip
+    run = dataclasses.replace(run, lora=dataclasses.replace(run.lora, **change.get("lora", {})))
+    transformers.set_seed(run.arguments.seed)
+    tokenizer, device = models.load_tokenizer(run.base_model), machine.pick_device()
+    add_roles(tokenizer)
+    prepared = rows.prepare(corpus.without_leaks(sources.load_corpus(run.dataset)), tokenizer, run)
+    base = models.load_base(run.base_model, machine.pick_dtype(device), device, tokenizer)
+    begin: Callable[[Any, Any], None] = change.get("rows", lambda *_: None)
+    begin(base, tokenizer)
+    model = speedups.apply(lora.attach(base, run.lora, tokenizer))
+    fit = memory.Fit(base.dtype, False, False, run.arguments.per_device_train_batch_size)
+    plan = planning.rehearse(model, tokenizer, prepared, run, fit)
+    trained = trainer.train(model, tokenizer, plan, run, {})
+    return model, tokenizer, trained, sum(len(row["input_ids"]) for row in prepared.train)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dialogues", type=int, default=300, help="training dialogues a row (default: %(default)s)")
+    parser.add_argument("--contexts", type=int, default=80, help="of the test split (default: %(default)s)")
     parser.add_argument("--only", choices=VARIATIONS, metavar="NAME")
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    talk = corpus.without_leaks(sources.load_corpus(PRESET["dataset"]))
-    tokenizer = models.load_tokenizer(PRESET["base_model"])
-    roles = add_roles(tokenizer)
-    device = machine.pick_device()
-    base = models.load_base(PRESET["base_model"], machine.pick_dtype(device), device, tokenizer)
     speedups.keep_freed_memory()
-    speedups.trim_base(base)
-    length = PRESET["max_length"]
-    validation = hold_out(packing.encode(tokenizer, talk.validation[:100], length).pieces, tokenizer, length)
-    contexts = find_contexts(talk.test, CONTEXTS, seed=0)
-
-    def row(name: str, change: dict) -> list[str]:
-        folder = tempfile.mkdtemp()
-        once = {"output_dir": folder, "save_strategy": "no", "eval_strategy": "no"}
-        fields = PRESET["training"] | once | change.get("training", {})
-        arguments = options.override(script.training_args, fields)
-        transformers.set_seed(arguments.seed)
-        pieces = packing.encode(tokenizer, talk.train[: round(flags.dialogues * change.get("share", 1))], length).pieces
-        rows = packing.pack(pieces, tokenizer, length, change.get("learn", script.learn))
-        fresh = copy.deepcopy(base)
-        if change.get("random_rows"):
-            with torch.no_grad():
-                fresh.get_input_embeddings().weight[list(roles)] = torch.randn(3, base.config.hidden_size).mul(
-                    base.config.initializer_range
-                ).to(base.dtype)  # fmt: skip
-        model: PeftModel = lora.attach(fresh, script.lora_config, roles, PRESET["lora"] | change.get("lora", {}))
-        speedups.speed_up(model)
-        start = time.perf_counter()
-        trained = trainer.train(model, tokenizer, rows, validation, arguments, run={})
-        seconds = time.perf_counter() - start
-        shutil.rmtree(folder)
-        said = answer(model.merge_and_unload(), tokenizer, [context.turns for context in contexts])
-        figures = measure(said, set())(range(len(said)))
-        return [
-            name, f"{trained.score.nats_per_token:.3f}", f"{trained.score.figures()['word_perplexity']:.1f}",
-            f"{figures['share_that_ends']:.0%}", f"{figures['share_that_repeats']:.0%}", f"{figures['words']:.1f}",
-            f"{figures['distinct_2']:.2f}", f"{trained.tokens:,}", f"{seconds:.0f}",
-        ]  # fmt: skip
-
-    rows = []
-    for name, change in VARIATIONS.items():
-        if flags.only in (None, name):
-            rows.append(row(name, change))
-            print(" | ".join(rows[-1]), flush=True)
-    if flags.only:
-        return
-    people = measure([Reply(context.human, True) for context in contexts], set())(range(len(contexts)))
-    head = ["", "nats a token", "word perplexity", "ends", "repeats", "words", "distinct-2", "tokens", "seconds"]
-    Path(__file__).with_suffix(".md").write_text(
-        f"""# The starter's settings, each changed alone
-
-`python -m benchmarks.settings` on {machine.hardware(device)}, {base.dtype}: {flags.dialogues} dialogues of
-{talk.source}, likelihood on 100 validation dialogues, replies to {CONTEXTS} contexts of the test split (at most
-60 tokens, the chat's sampler). People's replies to these: {people["words"]:.1f} words, distinct-2
-{people["distinct_2"]:.2f}, {people["share_that_repeats"]:.0%} with a 3-gram that stands twice.
-
-{report.markdown_table(head, rows)}
-""",
-        encoding="utf-8",
-    )
+    test = sources.load_corpus(script.presets["starter"]["dataset"]).test
+    contexts = find_contexts(test, flags.contexts, 0, shortest=3, longest=listening.LONGEST)
+    turns, messages = [context.turns for context in contexts], [context.turns[-1] for context in contexts]
+    said, table = {"people": [Reply(context.human, True) for context in contexts]}, []
+    for name in [flags.only] if flags.only else VARIATIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.process_time()
+            model, tokenizer, trained, tokens = train(VARIATIONS[name], flags.dialogues, folder)
+            seconds = time.process_time() - start
+        found = listening.true_replies(model, tokenizer, contexts, 0)["share_of_true_replies_found"].mean()
+        said |= {f"{name} {sampling.temp:g}": answer(model, tokenizer, turns, sampling) for sampling in (CHAT, COLD)}
+        table.append(
+            (name, f"{tokens:,}", f"{seconds:.0f}", f"{trained.score.figures()['word_perplexity']:.1f}", found)
+        )
+        print(*table[-1], sep=" | ", flush=True)
+    plain = models.load_tokenizer(script.presets["starter"]["base_model"])
+    style, texts = listening.judge_format(plain, tokenizer), {who: [r.text for r in of] for who, of in said.items()}
+    with torch.no_grad(), model.disable_adapter():
+        fit = listening.fit_of_replies(model, style, turns, texts, 0)
+    lines = []
+    for name, *facts, found in table:
+        cells = []
+        for who in (f"{name} {sampling.temp:g}" for sampling in (CHAT, COLD)):
+            figures = measure(said[who], messages)(np.arange(len(turns)))
+            shares = [figures[f"share_that_{does}"] for does in ("parrots", "repeats", "is_said_again")]
+            cells.append(" / ".join(f"{share:.0%}" for share in (fit[who].mean(), *shares)))
+        lines.append([name, *facts, f"{found:.0%}", *cells])
+    head = ["", "tokens", "CPU seconds", "word perplexity", "true reply of 20"]
+    kinds = ["fit / parrots / loops / said again, temperature 0.8", "the same, temperature 0"]
+    print(f"People's replies fit: {fit['people'].mean():.0%}\n\n{report.markdown_table([*head, *kinds], lines)}")
 
 
 if __name__ == "__main__":

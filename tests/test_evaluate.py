@@ -11,18 +11,29 @@ import torch
 from conftest import DAILYDIALOG, gpt2_tokenizer, needs_dailydialog
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import Fine_tuningmodel as script
 from dialogue import evaluate
+from dialogue.chat.batch import Reply, answer
 from dialogue.chat.sampling import Sampling
 from dialogue.data import packing
 from dialogue.data.corpus import Corpus, fold, without_leaks, without_overlap
 from dialogue.data.sources import load_corpus
 from dialogue.errors import UserError, exit_code
-from dialogue.measure import fitting, merge, replies
+from dialogue.measure import fitting, listening, merge, replies
 from dialogue.measure.likelihood import Score, bootstrap, hold_out, score_each
-from dialogue.measure.replies import OPENERS, Reply, answer, check_openers, converse, find_contexts, measure
+from dialogue.measure.replies import OPENERS, Context, converse, find_contexts, measure
 from dialogue.models import load_base
 from dialogue.prompt import add_roles
 from dialogue.train import lora, speedups
@@ -104,38 +115,37 @@ def test_a_mean_has_the_interval_of_the_textbook():
 
 def test_figures_of_replies_by_hand():
     said = [Reply("I like tea.", True), Reply("i like tea, I like tea", False), Reply("Yes!", True)]
-    figures = measure(said, known={"yes"})(np.arange(3))
+    figures = measure(said, ["Tea?"] * 3, known={"yes"})(np.arange(3))
     assert figures["distinct_1"] == 4 / 10  # i, like, tea, yes
     assert figures["distinct_2"] == 3 / 7  # i like, like tea, tea i
     assert figures["words"] == pytest.approx(10 / 3)
     assert figures["share_that_ends"] == pytest.approx(2 / 3)
     assert figures["share_that_repeats"] == figures["share_that_copies"] == pytest.approx(1 / 3)
     same_beginning = [Reply("I'm a student. I'm a teacher - too", True)]  # two words twice, not three
-    figures = measure(same_beginning, set())(np.arange(1))
+    figures = measure(same_beginning, ["And you?"])(np.arange(1))
     assert (figures["words"], figures["share_that_repeats"]) == (7, 0)
+
+
+def test_parrots_and_replies_that_are_said_again():
+    messages = ["I lost my wallet on the bus.", "I lost my wallet on the bus.", "Hello!", "Bye."]
+    said = [
+        "You lost my wallet on the bus?",
+        "Oh no! Where did you see it last?",
+        "hello",
+        "Oh no, where did you see it last?",
+    ]
+    figures = measure([Reply(text, True) for text in said], messages)
+    assert figures(np.arange(4))["share_that_parrots"] == figures(np.arange(4))["share_that_is_said_again"] == 0.5
+    assert figures(np.array([0, 2]))["share_that_parrots"] == 1
+    same_message_twice = measure([Reply("Hi.", True)] * 2, ["Hello!", "hello"])
+    assert same_message_twice(np.arange(2))["share_that_is_said_again"] == 0
 
 
 def test_distinct_n_lies_in_its_own_interval():
     """Resampling alone lowers it, which must not move the interval away from the figure."""
     said = [Reply(f"word{number} and word{number + 1}", True) for number in range(60)]
-    estimate = bootstrap(60, measure(said, set()), seed=0, resamples=200)["distinct_1"]
+    estimate = bootstrap(60, measure(said, [""] * 60), seed=0, resamples=200)["distinct_1"]
     assert estimate.low < estimate.value < estimate.high
-
-
-def test_references_are_the_libraries_own_figures():
-    sacrebleu = pytest.importorskip("sacrebleu")
-    rouge_score = pytest.importorskip("rouge_score.rouge_scorer")
-    pairs = [
-        ("I would like a cup of tea, please.", "I would like a cup of coffee, please."),
-        ("No.", "Not at all, thank you very much."),
-        ("We went to the beach this weekend.", "We went to the beach last weekend."),
-    ]
-    figures = evaluate.references([Reply(text, True) for text, _ in pairs], [human for _, human in pairs])
-    found = figures(np.arange(3))
-    assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu([t for t, _ in pairs], [[h for _, h in pairs]]).score)
-    scorer = rouge_score.RougeScorer(["rougeL"])
-    assert found["rouge_l"] == pytest.approx(np.mean([scorer.score(h, t)["rougeL"].fmeasure for t, h in pairs]))
-    assert figures(np.array([0, 0]))["rouge_l"] == pytest.approx(7 / 8)
 
 
 def test_greedy_replies_are_those_of_transformers_whatever_the_batch(base):
@@ -187,48 +197,169 @@ def test_the_openers_are_forty_different_ones():
     assert len(OPENERS) == len({fold(opener) for opener in OPENERS}) == 40
 
 
-def test_the_checker_sees_each_fault():
+def test_each_fault_of_a_reply_is_seen():
     good = [Reply(f"I'm fine, and that's number {number}.", True) for number in range(40)]
-    assert all(all(passed) for passed in check_openers(OPENERS, good).values())
     faults = {
-        "are_not_empty": Reply("", True),
-        "end_by_themselves": Reply("And then and then", False),
-        "show_no_special_token": Reply("Fine.<END>", True),
-        "are_not_the_users_own_words": Reply(OPENERS[0].upper(), True),
+        "ends": Reply("And then and then", False),
+        "is_empty": Reply("", True),
+        "repeats": Reply("I like it. I like it.", True),
+        "parrots": Reply(OPENERS[0].upper(), True),
+        "is_said_again": good[1],
+        "is_spaced_wrongly": Reply("I don ’ t know.", True),
     }
+    usual = measure(good, OPENERS)(np.arange(40))
     for name, reply in faults.items():
-        failed = {check for check, passed in check_openers(OPENERS, [reply, *good[1:]]).items() if not passed[0]}
-        assert failed == {name}
-    for text in ("I don ’ t know.", "I don' t know.", "It is noon .", "I 'm fine.", "Well , yes."):
-        assert not check_openers(OPENERS, [Reply(text, True), *good[1:]])["are_spaced_as_people_write"][0], text
+        found = measure([reply, *good[1:]], OPENERS)(np.array([0]))
+        changed = {key for key in found if key.startswith("share") and found[key] != usual[key]}
+        assert changed == {f"share_that_{name}"}, reply
+    for text in ("I don' t know.", "It is noon .", "I 'm fine.", "Well , yes."):
+        assert measure([Reply(text, True)], [""])(np.array([0]))["share_that_is_spaced_wrongly"], text
     for text in ("My parents' house is :) ...", "'Hello' is what I say", "It's 5 o'clock, isn't it?"):
-        assert check_openers(OPENERS, [Reply(text, True), *good[1:]])["are_spaced_as_people_write"][0], text
-    for count, passed in ((3, True), (4, False)):
-        same = [*[Reply("I don't know!", True)] * count, *good[count:]]
-        assert check_openers(OPENERS, same)["answer_at_most_three_openers"][:count] == [passed] * count
+        assert not measure([Reply(text, True)], [""])(np.array([0]))["share_that_is_spaced_wrongly"], text
+
+
+# ---- Does it listen? -----------------------------------------------------------------------------------
+
+THINGS = [f"{first}{second}" for first in "bdfgklmn" for second in ("ead", "ot", "ill", "ark", "ust")]  # 40 words
+
+
+def made(hears):
+    """A GPT-2 whose logits are known: those of words that were said rise by as much as it `hears`, all else is equal.
+
+    Embeddings are one-hot, attention is the mean over what came before, and the head is the embedding.
+    """
+    words = {word: number for number, word in enumerate(["<|endoftext|>", *THINGS])}
+    core = Tokenizer(WordLevel(words, unk_token="<|endoftext|>"))
+    core.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    add_roles(tokenizer)
+    width = len(tokenizer)
+    config = GPT2Config(vocab_size=width, n_embd=width, n_layer=1, n_head=1, n_positions=64, eos_token_id=width - 1)
+    model = GPT2LMHeadModel(config).eval()
+    block = model.transformer.h[0]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0 if "ln_" in name and "weight" in name else 0.0)
+        model.transformer.wte.weight.copy_(torch.eye(width))
+        block.attn.c_attn.weight[:, 2 * width :] = torch.eye(width)
+        block.attn.c_proj.weight.copy_(hears * torch.eye(width))
+    return model, tokenizer
+
+
+CONTEXTS = [Context([thing], f"{thing} {thing}") for thing in THINGS]
+
+
+def test_a_model_that_ignores_the_context_is_at_chance_and_one_that_hears_every_word_finds_all():
+    for hears, found in ((0.0, 1 / 20), (2.0, 1.0)):
+        figures = listening.true_replies(*made(hears), CONTEXTS, seed=1, control=True)
+        means = {name: values.mean() for name, values in figures.items()}
+        assert means == {
+            "share_of_true_replies_found": pytest.approx(found),
+            "share_found_by_probability": pytest.approx(found),
+            "share_found_after_other_contexts": pytest.approx(1 / 20),
+        }
+
+
+def test_what_fits_everywhere_is_found_by_probability_and_not_by_the_difference():
+    """An empty reply is likelier than any other, so plain probability picks it in each of its 20 choices."""
+    contexts = [Context([THINGS[0]], ""), *CONTEXTS[1:]]
+    figures = listening.true_replies(*made(2.0), contexts, seed=1)
+    assert figures["share_found_by_probability"].mean() == pytest.approx(21 / 40)
+    assert figures["share_of_true_replies_found"].mean() >= 39 / 40
+
+
+def test_the_judge_finds_replies_that_fit_and_parrots_are_caught():
+    model, tokenizer = made(2.0)
+    contexts = [[f"{thing} {thing} {thing}"] for thing in THINGS]
+    messages = [turns[0] for turns in contexts]
+    said = {"people": THINGS, "dull": [THINGS[0]] * 40, "parrots": messages}
+    fit = listening.fit_of_replies(model, listening.our_format(tokenizer), contexts, said, seed=1)
+    assert {who: values.mean() for who, values in fit.items()} == {
+        "people": 1,
+        "dull": pytest.approx(1 / 20),
+        "parrots": 1,  # the judge alone does not see them
+    }
+    figures = {who: measure([Reply(text, True) for text in of], messages)(np.arange(40)) for who, of in said.items()}
+    assert [figures[who]["share_that_parrots"] for who in said] == [0, 0, 1]
+    assert [figures[who]["share_that_is_said_again"] for who in said] == [0, 1, 0]
+
+
+def test_replies_are_scored_as_transformers_scores_them(base):
+    model, tokenizer = base
+    style, texts = listening.our_format(tokenizer), ["Yes.", "", "I would like a cup of tea, please.", "No!"]
+    contexts = [TALK[0][:3], ["Hi " * 30]]
+    found = listening.score_replies(model, style, contexts, texts, [[3, 0, 2, 1], [2]], at_once=2)
+    for turns, wanted, scores in zip(contexts, [[3, 0, 2, 1], [2]], found, strict=True):
+        for index, score in zip(wanted, scores, strict=True):
+            prompt, reply = style.prompt(turns), style.reply(texts[index])
+            assert reply[-1] == tokenizer.eos_token_id
+            ids = torch.tensor([prompt + reply])
+            with torch.no_grad():
+                loss = model(ids, labels=torch.tensor([[-100] * len(prompt) + reply])).loss.item()
+            assert score == pytest.approx(-loss * len(reply), rel=1e-4)
+
+
+def test_the_judge_reads_its_own_chat_format_where_it_has_one(base, random_gpt2):
+    _, tokenizer = base
+    plain = AutoTokenizer.from_pretrained(random_gpt2)
+    assert listening.judge_format(plain, tokenizer).prompt(["Hi"]) == listening.our_format(tokenizer).prompt(["Hi"])
+    plain.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '|' }}{% endfor %}bot:"
+    style = listening.judge_format(plain, tokenizer)
+    assert plain.decode(style.prompt(["Hi", "Hello", "Bye"])) == "user: Hi|assistant: Hello|user: Bye|bot:"
+    assert style.reply("Bye")[-1] == plain.eos_token_id != tokenizer.eos_token_id
+
+
+def test_figures_of_a_model_with_adapters_stand_beside_its_bases(base, random_gpt2):
+    model, tokenizer = lora.attach(copy.deepcopy(base[0]), script.lora_config, base[1]), base[1]
+    plain, contexts = AutoTokenizer.from_pretrained(random_gpt2), find_contexts(TALK, 3, seed=0)
+    lent = listening.with_and_without_adapters(model)
+    found = listening.compare(lent, tokenizer, plain, contexts, max_t=4)
+    assert found["tuned"] == found["base"]  # LoRA begins at nothing
+    assert set(found["people"]) < set(found["base"]) and "share_of_replies_that_fit" in found["people"]
+    assert model.get_model_status().enabled is True
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.5 * ("lora_B" in name)
+    moved = listening.compare(lent, tokenizer, plain, contexts, max_t=4)
+    assert moved["base"] == found["base"] and moved["tuned"] != found["tuned"]
+
+
+def test_contexts_are_long_where_they_can_be_and_no_reply_belongs_to_two():
+    talk = [*TALK, [*TALK[0][:3], "Good to hear that!"], ["a", "b", "c", "d", "e", "f"]]
+    found = find_contexts(talk, 9, seed=0, shortest=3, longest=3)
+    assert [len(context.turns) for context in found] == [3, 1, 3, 3]
+    assert len(find_contexts(talk, 2, seed=0)) == 2
 
 
 # ---- The sampler's settings ----------------------------------------------------------------------------
 
 
-def test_distance_by_hand():
-    human = {"words": 10, "distinct_1": 0.5, "distinct_2": 0.9, "share_that_ends": 1, "share_that_repeats": 0.0}
-    assert fitting.distance(human, human) == 0
-    worse = human | {"words": 20, "share_that_ends": 0.9, "share_that_repeats": 0.2}
-    assert fitting.distance(worse, human) == pytest.approx(math.log(2) + 0.1 + 1.0)
+def test_the_cost_of_replies_by_hand():
+    human = {"words": 10, "distinct_1": 0.5, "distinct_2": 0.9, "share_that_ends": 1, "mutual_information": -1.5}
+    human |= {"share_that_repeats": 0.0, "share_that_parrots": 0.0}
+    assert fitting.cost(human, human) == 3
+    bot = human | {"words": 20, "share_that_ends": 0.9, "share_that_repeats": 0.2, "mutual_information": -0.5}
+    assert fitting.cost(bot, human) == pytest.approx(math.log(2) + 0.1 + 1.0 + 1.0)
+
+
+def test_replies_to_their_own_messages_have_more_mutual_information():
+    model, tokenizer = made(2.0)
+    turns = [context.turns for context in CONTEXTS]
+    own, others = THINGS, [*THINGS[1:], THINGS[0]]
+    more, less = (listening.mutual_information(model, tokenizer, turns, said) for said in (own, others))
+    assert more > less + 0.1
 
 
 def test_fitted_settings_reach_the_chat(base, tuned, monkeypatch):
     import main
 
     model, tokenizer = copy.deepcopy(base[0]), base[1]
-    monkeypatch.setattr(fitting, "SWEEP", {"temp": (1.0,), "repetition_penalty": (1.2,)})
-    monkeypatch.setattr(fitting, "distance", lambda bot, human: -bot["distinct_1"])
+    monkeypatch.setattr(fitting, "SWEEP", (({"temp": 1.0},), ({"repetition_penalty": 1.2},)))
+    monkeypatch.setattr(fitting, "cost", lambda bot, human: -bot["distinct_1"])
     with torch.no_grad():
         model.get_output_embeddings().weight[-1] *= 3  # <END> often
     fitted = fitting.fit(model, tokenizer, TALK, seed=1, contexts=3, max_t=8)
     assert set(fitted.figures) == {"people", "defaults", "fitted"}
-    assert fitted.figures["fitted"]["distance"] <= fitted.figures["defaults"]["distance"]
+    assert fitted.figures["fitted"]["cost"] <= fitted.figures["defaults"]["cost"]
     settings = Sampling(temp=1.0, top_k=50, top_p=1.0, repetition_penalty=1.2)  # transformers' own defaults, mostly
     merge.write_sampler(tuned, settings, 50)
     assert merge.read_sampler(tuned) == settings
@@ -312,14 +443,15 @@ def test_the_command_prints_a_table_and_writes_json(tuned, data, tmp_path, capsy
     one = found["tuned"]["all 7 dialogues"]["perplexity"]
     assert one["low"] <= one["value"] <= one["high"]
     assert one != found["base"]["all 7 dialogues"]["perplexity"]
-    assert found["people"]["replies"]["share_that_ends"]["value"] == 1
+    assert found["people"]["replies to 4 contexts"]["share_that_ends"]["value"] == 1
+    assert "share_found_after_other_contexts" in found["tuned"]["replies to 4 contexts"]
 
 
-def test_compare_refuses_equal_weights(tuned, random_gpt2, tmp_path, capsys):
+def test_compare_shows_both_models_and_the_same_model_twice_is_refused(tuned, capsys):
     evaluate.main(["--model", str(tuned), "--compare", "--max_t", "3"])
     printed = capsys.readouterr().out
-    assert all(heading in printed for heading in ("opener", "base", "tuned")) and "1 of " in printed
-    with pytest.raises(UserError, match="same weights"):
+    assert all(heading in printed for heading in ("opener", "base", "tuned", OPENERS[0]))
+    with pytest.raises(UserError, match="nothing would differ"):
         evaluate.main(["--model", str(tuned), "--base", str(tuned), "--compare", "--max_t", "3"])
 
 
@@ -330,6 +462,12 @@ def test_compare_refuses_equal_weights(tuned, random_gpt2, tmp_path, capsys):
         (["--dataset", "./nowhere.jsonl"], "nowhere.jsonl"),
         ([], "give --dataset"),
         (["--base", "./nowhere"], "nowhere"),
+        (["--contexts", "0"], "--contexts: 0 is not above 0"),
+        (["--max_dialogues", "-3"], "-3 is not above 0"),
+        (["--max_t", "2000"], "at most 128"),
+        (["--max_t", "many"], "--max_t"),
+        (["--seed", "-1"], "--seed: -1 is not between"),
+        (["--colour"], "unrecognized arguments: --colour"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, said, tuned, data, capsys):

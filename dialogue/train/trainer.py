@@ -22,11 +22,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dialogue import storage
+from dialogue.chat.batch import answer
 from dialogue.data.packing import collate, count_tokens, fill_up
 from dialogue.errors import Signals, Stopped, UserError
 from dialogue.measure.likelihood import HeldOut, Score
 from dialogue.measure.loss import head_of, summed_nats
-from dialogue.measure.replies import answer
 from dialogue.train import lora, runs
 from dialogue.train.keeper import Keeper, Over
 from dialogue.train.options import Run, override

@@ -1,0 +1,231 @@
+"""Does what the model says fit what was said? Choices among 20, after Lowe et al. 2015, "The Ubuntu Dialogue Corpus".
+
+Two questions, both answered by likelihoods alone:
+
+- Does the model know which reply belongs to a context: that of the person who answered, or one of 19 others'?
+- Does another model, the judge, find the context that a reply was made for among 20?
+
+Plain log p(reply | context) prefers what fits everywhere, so log p(reply | no context) is taken off it (Li et al.
+2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 4.1).
+"""
+
+import copy
+from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from dialogue.chat.batch import CHAT, Reply, answer
+from dialogue.chat.rerank import LAMBDA, NOTHING
+from dialogue.chat.sampling import Sampling
+from dialogue.data.corpus import Dialogues
+from dialogue.measure.likelihood import Estimate, bootstrap
+from dialogue.measure.replies import Context, measure
+from dialogue.models import context_length
+from dialogue.prompt import encode_dialogue, encode_text, find_roles
+
+CHOICES = 20
+LONGEST = 7  # turns of a context, at most
+TIED = 1e-3  # nats: what differs by less is equally likely, rounding apart
+
+
+Lent = dict[str, Callable[[], AbstractContextManager[Any]]]  # who -> what lends their model, one at a time
+
+
+class Format(NamedTuple):
+    """How a model reads: turns (USER's last) -> ids up to where the reply begins; a reply -> its ids and its end."""
+
+    prompt: Callable[[list[str]], list[int]]
+    reply: Callable[[str], list[int]]
+
+
+def our_format(tokenizer: PreTrainedTokenizerBase) -> Format:
+    """`<USER>` message `<END>` `<BOT>` reply `<END>`."""
+    roles = find_roles(tokenizer)
+    return Format(
+        lambda turns: [token for turn in encode_dialogue(tokenizer, turns) for token in turn] + [roles.bot],
+        lambda text: [*encode_text(tokenizer, text), roles.end],
+    )
+
+
+def judge_format(base: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> Format:
+    """The format that the untuned base, whose own tokenizer is `base`, was made for; ours where it has none.
+
+    Both formats are read by one model: the role tokens of `tokenizer` are added behind the base's own tokens.
+    """
+    if not base.chat_template:
+        return our_format(tokenizer)
+
+    def prompt(turns: list[str]) -> list[int]:
+        messages = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
+        encoded: Any = base.apply_chat_template(messages, add_generation_prompt=True)
+        return encoded["input_ids"]
+
+    return Format(prompt, lambda text: [*encode_text(base, text), base.eos_token_id])
+
+
+@torch.no_grad()
+def score_replies(
+    model: Any, style: Format, contexts: Dialogues, replies: list[str], wanted: list[list[int]], at_once: int = 8
+) -> list[np.ndarray]:
+    """For each context, log p(reply | context) in nats of the replies whose indices are `wanted` for it, float64.
+
+    A context is read once; its replies follow from its cache, those of like length in one batch.
+    """
+    was_training, room = model.training, context_length(model.config)
+    model.eval()
+    said = [style.reply(text)[: room // 2] for text in replies]
+    found = []
+    for turns, indices in zip(contexts, wanted, strict=True):
+        prompt = style.prompt(turns)[-(room // 2) :]
+        cache = DynamicCache(config=model.config)
+        first = model(torch.tensor([prompt]).to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        scores = np.zeros(len(indices))
+        order = sorted(range(len(indices)), key=lambda place: len(said[indices[place]]))
+        for start in range(0, len(order), at_once):
+            places = order[start : start + at_once]
+            ids = [said[indices[place]] for place in places]
+            copied = copy.deepcopy(cache)
+            copied.batch_repeat_interleave(len(places))
+            scores[places] = _continue(model, first.logits[:, -1:], copied, len(prompt), ids)
+        found.append(scores)
+    model.train(was_training)
+    return found
+
+
+def _continue(model: Any, first: torch.Tensor, cache: DynamicCache, read: int, said: list[list[int]]) -> list[float]:
+    """Summed log-probabilities of `said` after the `read` tokens in `cache`; `first` (1, 1, V) are the next logits."""
+    width = max(map(len, said))
+    targets = torch.tensor([[*ids, *[-100] * (width - len(ids))] for ids in said]).to(model.device)
+    logits = first.expand(len(said), -1, -1)
+    if width > 1:
+        inputs = targets[:, :-1].clamp(min=0)  # what stands behind a reply's end changes nothing before it
+        positions = torch.arange(read, read + width - 1, device=model.device)[None].expand(len(said), -1)
+        mask = torch.ones(len(said), read + width - 1, dtype=torch.long, device=model.device)
+        after = model(inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        logits = torch.cat([logits, after.logits], dim=1)
+    real = targets >= 0
+    nats = torch.zeros(real.shape, device=model.device)
+    nats[real] = torch.nn.functional.cross_entropy(logits[real].float(), targets[real], reduction="none")
+    return (-nats.double().sum(1)).tolist()
+
+
+def deal(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each of `count` items: (N, 20) itself and then 19 others, and (N,) one that is not among these.
+
+    The items lie in a ring in an order that the seed draws, so each is drawn equally often.
+    """
+    order = np.random.default_rng(seed).permutation(count)
+    place = order.argsort()[:, None]
+    return order[(place + np.arange(min(CHOICES, count))) % count], order[(place[:, 0] + count // 2) % count]
+
+
+def first_is_best(scores: np.ndarray) -> np.ndarray:
+    """(N, K) -> (N,): 1 where the first of K is the likeliest, 1/n where it is one of n equals, else 0."""
+    best = scores >= scores.max(axis=1, keepdims=True) - TIED
+    return best[:, 0] / best.sum(axis=1)
+
+
+def true_replies(
+    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[Context], seed: int, control: bool = False
+) -> dict[str, np.ndarray]:
+    """Figure -> (N,) for each context, whether the model finds its true reply among 20: 1, 0, or its share of a tie.
+
+    With `control` the same choices once more behind contexts that belong to none of them: this has to be chance.
+    """
+    style, (drawn, other) = our_format(tokenizer), deal(len(contexts), seed)
+    turns, replies = [context.turns for context in contexts], [context.human for context in contexts]
+    alone = _without_context(model, style, replies)
+
+    def scored(read: Dialogues) -> np.ndarray:
+        return np.array(score_replies(model, style, read, replies, drawn.tolist()))
+
+    scores = scored(turns)
+    found = {
+        "share_of_true_replies_found": first_is_best(scores - alone[drawn]),
+        "share_found_by_probability": first_is_best(scores),
+    }
+    if control:
+        wrong = scored([turns[index] for index in other])
+        found["share_found_after_other_contexts"] = first_is_best(wrong - alone[drawn])
+    return found
+
+
+def mutual_information(
+    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Dialogues, replies: list[str]
+) -> float:
+    """The mean of log p(reply | context) - `LAMBDA` log p(reply | nothing), in nats a token of the reply.
+
+    By this the chat chooses among candidates. It falls where replies get wild, and where they fit everywhere.
+    """
+    style = our_format(tokenizer)
+    after = np.concatenate(score_replies(model, style, contexts, replies, [[own] for own in range(len(replies))]))
+    lengths = np.array([len(style.reply(text)) for text in replies])
+    return float(((after - LAMBDA * _without_context(model, style, replies)) / lengths).mean())
+
+
+def _without_context(model: Any, style: Format, replies: list[str]) -> np.ndarray:
+    """(N,) nats: log p of each reply after a message that says nothing."""
+    return score_replies(model, style, [[NOTHING]], replies, [list(range(len(replies)))])[0]
+
+
+def fit_of_replies(
+    judge: Any, style: Format, contexts: Dialogues, said: dict[str, list[str]], seed: int
+) -> dict[str, np.ndarray]:
+    """Who -> (N,) for each of their replies to `contexts`, whether `judge` finds its context among 20."""
+    (drawn, _), count = deal(len(contexts), seed), len(contexts)
+    texts = [text for replies in said.values() for text in replies]
+    asked = [np.flatnonzero((drawn == number).any(axis=1)).tolist() for number in range(count)]
+    wanted = [[start + index for start in range(0, len(texts), count) for index in each] for each in asked]
+    table = np.full((len(texts), count), -np.inf)
+    for number, scores in enumerate(score_replies(judge, style, contexts, texts, wanted)):
+        table[wanted[number], number] = scores
+    parts = np.split(table, len(said))
+    return {who: first_is_best(np.take_along_axis(part, drawn, 1)) for who, part in zip(said, parts, strict=True)}
+
+
+def compare(
+    models: Lent, tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, contexts: list[Context],
+    sampling: Sampling = CHAT, max_t: int = 60, seed: int = 0, known: Container[str] = (),
+) -> dict[str, dict[str, Estimate]]:  # fmt: skip
+    """Who ("base", "tuned", "people") -> figures of how each hears and answers `contexts`.
+
+    `models` lend "tuned" and "base", one at a time; `base` is the untuned base's own tokenizer, and its model the
+    judge. `known` are training's turns, folded.
+    """
+    turns, found = [context.turns for context in contexts], {}
+    said = {"people": [Reply(context.human, True) for context in contexts]}
+    for who in ("tuned", "base"):  # the judge comes last: by then all replies are there
+        with models[who]() as model:
+            found[who] = true_replies(model, tokenizer, contexts, seed, control=True)
+            said[who] = answer(model, tokenizer, turns, sampling, max_t, seed)
+            if who == "base":
+                texts = {name: [reply.text for reply in replies] for name, replies in said.items()}
+                fit = fit_of_replies(model, judge_format(base, tokenizer), turns, texts, seed)
+    return {
+        who: {
+            **shares({**found.get(who, {}), "share_of_replies_that_fit": fit[who]}, seed),
+            **bootstrap(len(turns), measure(said[who], [asked[-1] for asked in turns], known), seed),
+        }
+        for who in ("base", "tuned", "people")
+    }
+
+
+def with_and_without_adapters(model: Any) -> Lent:
+    """What `compare` takes, of one PEFT model."""
+
+    @contextmanager
+    def without() -> Iterator[Any]:
+        with model.disable_adapter():
+            yield model
+
+    return {"tuned": lambda: nullcontext(model), "base": without}
+
+
+def shares(found: dict[str, np.ndarray], seed: int) -> dict[str, Estimate]:
+    """The means of (N,) values each, with their intervals."""
+    count = len(next(iter(found.values())))
+    return bootstrap(count, lambda at: {name: float(values[at].mean()) for name, values in found.items()}, seed)
