@@ -31,7 +31,6 @@ CHOICES = 20
 LONGEST = 7  # turns of a context, at most
 TIED = 1e-3  # nats: what differs by less is equally likely, rounding apart
 
-
 Lent = dict[str, Callable[[], AbstractContextManager[Any]]]  # who -> what lends their model, one at a time
 
 
@@ -82,31 +81,28 @@ def score_replies(
     for turns, indices in zip(contexts, wanted, strict=True):
         prompt = style.prompt(turns)[-(room // 2) :]
         cache = DynamicCache(config=model.config)
-        first = model(torch.tensor([prompt]).to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(torch.tensor([prompt[:-1]]).to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         scores = np.zeros(len(indices))
         order = sorted(range(len(indices)), key=lambda place: len(said[indices[place]]))
         for start in range(0, len(order), at_once):
             places = order[start : start + at_once]
-            ids = [said[indices[place]] for place in places]
-            copied = copy.deepcopy(cache)
-            copied.batch_repeat_interleave(len(places))
-            scores[places] = _continue(model, first.logits[:, -1:], copied, len(prompt), ids)
+            scores[places] = _continue(model, cache, prompt, [said[indices[place]] for place in places])
         found.append(scores)
     model.train(was_training)
     return found
 
 
-def _continue(model: Any, first: torch.Tensor, cache: DynamicCache, read: int, said: list[list[int]]) -> list[float]:
-    """Summed log-probabilities of `said` after the `read` tokens in `cache`; `first` (1, 1, V) are the next logits."""
-    width = max(map(len, said))
+def _continue(model: Any, cache: DynamicCache, prompt: list[int], said: list[list[int]]) -> list[float]:
+    """Log-probabilities of `said` after `prompt`, of which `cache` holds all but the last token."""
+    count, width, read = len(said), max(map(len, said)), len(prompt) - 1
     targets = torch.tensor([[*ids, *[-100] * (width - len(ids))] for ids in said]).to(model.device)
-    logits = first.expand(len(said), -1, -1)
-    if width > 1:
-        inputs = targets[:, :-1].clamp(min=0)  # what stands behind a reply's end changes nothing before it
-        positions = torch.arange(read, read + width - 1, device=model.device)[None].expand(len(said), -1)
-        mask = torch.ones(len(said), read + width - 1, dtype=torch.long, device=model.device)
-        after = model(inputs, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-        logits = torch.cat([logits, after.logits], dim=1)
+    inputs = targets.roll(1, dims=1).clamp(min=0)  # what stands behind a reply's end changes nothing before it
+    inputs[:, 0] = prompt[-1]
+    positions = torch.arange(read, read + width, device=model.device).expand(count, -1)
+    mask = torch.ones(count, read + width, dtype=torch.long, device=model.device)
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(count)
+    logits = model(inputs, attention_mask=mask, position_ids=positions, past_key_values=copied, use_cache=True).logits
     real = targets >= 0
     nats = torch.zeros(real.shape, device=model.device)
     nats[real] = torch.nn.functional.cross_entropy(logits[real].float(), targets[real], reduction="none")
@@ -189,7 +185,7 @@ def fit_of_replies(
 
 def compare(
     models: Lent, tokenizer: PreTrainedTokenizerBase, base: PreTrainedTokenizerBase, contexts: list[Context],
-    sampling: Sampling = CHAT, max_t: int = 60, seed: int = 0, known: Container[str] = (),
+    sampling: Sampling = CHAT, max_t: int = 60, seed: int = 0, known: Container[str] = (), control: bool = True,
 ) -> dict[str, dict[str, Estimate]]:  # fmt: skip
     """Who ("base", "tuned", "people") -> figures of how each hears and answers `contexts`.
 
@@ -200,7 +196,7 @@ def compare(
     said = {"people": [Reply(context.human, True) for context in contexts]}
     for who in ("tuned", "base"):  # the judge comes last: by then all replies are there
         with models[who]() as model:
-            found[who] = true_replies(model, tokenizer, contexts, seed, control=True)
+            found[who] = true_replies(model, tokenizer, contexts, seed, control)
             said[who] = answer(model, tokenizer, turns, sampling, max_t, seed)
             if who == "base":
                 texts = {name: [reply.text for reply in replies] for name, replies in said.items()}
