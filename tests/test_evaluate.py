@@ -490,3 +490,18 @@ def test_a_plain_gpt2_is_no_dialogue_model(random_gpt2):
     with pytest.raises(UserError, match="no fitted sampler"):
         merge.read_sampler(random_gpt2)
     assert gpt2_tokenizer().eos_token != "<END>"
+
+
+def test_replies_that_do_not_fit_into_memory_are_drawn_by_halves_with_the_same_result(base):
+    model, tokenizer = copy.deepcopy(base[0]), base[1]
+    contexts = [turns[:1] for turns in TALK] * 2
+    expected, sizes = answer(model, tokenizer, contexts, max_t=8), []
+
+    def full_beyond_two(module, args, keywords):
+        sizes.append(len(keywords["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(full_beyond_two, with_kwargs=True)
+    assert answer(model, tokenizer, contexts, max_t=8) == expected
+    assert sizes[0] == len(contexts) and sizes.count(sizes[0]) == 1, "what did not fit was tried again"

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
+from dialogue import machine
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.prompt import decode_text, encode_dialogue, find_roles, without_roles
 
@@ -25,48 +26,78 @@ def answer(
     """A reply to each of `contexts` (turns, USER's last), of at most `max_t` tokens, drawn by the chat's own sampler.
 
     Each reply has a random state of its own, so neither the batch nor the caller's random state matters to it, and
-    the caller's stays as it is. A reply that has ended leaves its batch.
+    the caller's stays as it is. Where the device has too little memory, fewer replies are drawn at once.
     """
     roles, was_training = find_roles(tokenizer), model.training
-    rows = model.get_output_embeddings().weight.shape[0]
-    forbidden = sorted({*tokenizer.all_special_ids, *roles, *range(len(tokenizer), rows)} - {roles.end})
     room = model.config.max_position_embeddings - max_t
     prompts = [[*_newest(encode_dialogue(tokenizer, turns), room), roles.bot] for turns in contexts]
-    chance = [torch.Generator().manual_seed(seed * 1_000_003 + index) for index in range(len(prompts))]
-    said: list[list[int]] = [[] for _ in prompts]
-    spoken = [without_roles(prompt, roles) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    said: dict[int, list[int]] = {}
+    at_once = min(batch_size, _affordable(model, max(map(len, prompts), default=0) + max_t))
     model.eval()
-    for start in range(0, len(order), batch_size):
-        talking = order[start : start + batch_size]
-        width = len(prompts[talking[-1]])
-        padding = torch.tensor([[width - len(prompts[index])] for index in talking])
-        ids = torch.tensor([[0] * (width - len(prompts[index])) + prompts[index] for index in talking])
-        mask = (torch.arange(width) >= padding).long()  # (B, width): padding stands on the left
-        cache = DynamicCache(config=model.config)
-        for _ in range(max_t):
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-            logits = model(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                position_ids=positions.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1,
-            ).logits[:, -1].float().cpu()  # fmt: skip
-            for index, row in zip(talking, logits, strict=True):
-                choice = candidates(row, sampling, spoken[index] + said[index], forbidden)
-                said[index].append(draw(choice, chance[index]))
-            going = [place for place, index in enumerate(talking) if said[index][-1] != roles.end]
-            if not going:
-                break
-            if len(going) < len(talking):
-                talking, mask = [talking[place] for place in going], mask[going]
-                cache.batch_select_indices(torch.tensor(going, device=model.device))
-            ids = torch.tensor([[said[index][-1]] for index in talking])
-            mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    while waiting:
+        part = waiting[:at_once]
+        try:
+            said |= _side_by_side(model, tokenizer, {index: prompts[index] for index in part}, sampling, max_t, seed)
+        except Exception as error:
+            if at_once == 1 or not machine.is_out_of_memory(error):
+                raise
+            at_once = len(part) // 2 or 1
+            machine.release_memory()
+            continue
+        waiting = waiting[at_once:]
     model.train(was_training)
-    ended = [tokens[-1:] == [roles.end] for tokens in said]
-    return [
-        Reply(decode_text(tokenizer, tokens[: len(tokens) - done]).strip(), done)
-        for tokens, done in zip(said, ended, strict=True)
-    ]
+    found = []
+    for index in range(len(prompts)):
+        ended = said[index][-1:] == [roles.end]
+        found.append(Reply(decode_text(tokenizer, said[index][: len(said[index]) - ended]).strip(), ended))
+    return found
+
+
+def _affordable(model: Any, tokens: int) -> int:
+    """Replies at once whose keys and values, of so many tokens each, take half of a GPU's free memory."""
+    if model.device.type != "cuda":
+        return 1 << 30
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = heads * config.hidden_size // config.num_attention_heads
+    one = 2 * config.num_hidden_layers * width * model.dtype.itemsize * tokens
+    return max(1, machine.free_memory(model.device) // 2 // one)
+
+
+def _side_by_side(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: dict[int, list[int]], sampling: Sampling, max_t: int,
+    seed: int,
+) -> dict[int, list[int]]:  # fmt: skip
+    """Prompts of ids by index, shortest first -> drawn ids, <END> included. A reply that has ended leaves the batch."""
+    roles, rows = find_roles(tokenizer), model.get_output_embeddings().weight.shape[0]
+    forbidden = sorted({*tokenizer.all_special_ids, *roles, *range(len(tokenizer), rows)} - {roles.end})
+    chance = {index: torch.Generator().manual_seed(seed * 1_000_003 + index) for index in prompts}
+    said: dict[int, list[int]] = {index: [] for index in prompts}
+    spoken = {index: without_roles(prompt, roles) for index, prompt in prompts.items()}
+    talking, width = list(prompts), max(map(len, prompts.values()))
+    padding = torch.tensor([[width - len(prompt)] for prompt in prompts.values()])
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts.values()])
+    mask = (torch.arange(width) >= padding).long()  # (B, width): padding stands on the left
+    cache = DynamicCache(config=model.config)
+    for _ in range(max_t):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        logits = model(
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+            position_ids=positions.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1].float().cpu()  # fmt: skip
+        for index, row in zip(talking, logits, strict=True):
+            choice = candidates(row, sampling, spoken[index] + said[index], forbidden)
+            said[index].append(draw(choice, chance[index]))
+        going = [place for place, index in enumerate(talking) if said[index][-1] != roles.end]
+        if not going:
+            break
+        if len(going) < len(talking):
+            talking, mask = [talking[place] for place in going], mask[going]
+            cache.batch_select_indices(torch.tensor(going, device=model.device))
+        ids = torch.tensor([[said[index][-1]] for index in talking])
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    return said
 
 
 def _newest(turns: list[list[int]], room: int) -> list[int]:
