@@ -268,8 +268,7 @@ def take_permission(bench: Bench) -> None:
 
     def forbidden(trainer: DialogueTrainer, *args: object, **keywords: object) -> None:
         if trainer.state.global_step == 4:
-            for path in (folder / "checkpoints", folder / "checkpoints" / runs.SAVING):
-                path.chmod(0o555)
+            (folder / "checkpoints").chmod(0o555)
             if os.geteuid() == 0:  # who may write all the same
                 os.seteuid(NOBODY)
         save(trainer, *args, **keywords)

@@ -30,6 +30,7 @@ def locked(*folders: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout  # the chat needs none
 
+    check_apart(*folders)
     with ExitStack() as held:
         # In one order, so that of two that start together one gets all.
         for target, folder in sorted({Path(os.path.realpath(folder)): folder for folder in folders}.items()):
@@ -42,7 +43,7 @@ def locked(*folders: Path) -> Iterator[None]:
                     f"{folder} is being written by {_holder(file)}: wait until it has ended, or choose another folder"
                 ) from error
             except OSError as error:
-                raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+                raise UserError(f"{str(folder)[:100]} cannot be created: {error.strerror or error}") from error
             held.callback(_unlink, file)  # before it is released: whoever waits for this very file tries again
             with suppress(OSError):  # Windows lets nobody write to a locked file
                 now = datetime.datetime.now().isoformat(" ", "seconds")

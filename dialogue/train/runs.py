@@ -98,7 +98,6 @@ def find(run: Run, rows: Rows) -> Begun:
 
 def find_described(run: Run, described: dict[str, Any]) -> Begun:
     """The same for a run that is described already."""
-    storage.check_apart(run.adapters, run.merged, run.checkpoints)
     has_adapters, has_merged = (_run_of(folder) == described for folder in (run.adapters, run.merged))
     # Checkpoints are deleted last: where there is anything of them, a kill came before the end.
     left = any(run.checkpoints.glob("*checkpoint-*"))
