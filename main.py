@@ -43,7 +43,7 @@ def generate_text(
     *,
     min_p: float = 0.0,  # leave out what is less than this share as probable as the best
     repetition_penalty: float = 1.0,  # above 1: tokens that were there already become less probable
-    best_of: int = 1,  # draw so many replies, and give the one that fits best what was said
+    best_of: int = 0,  # draw so many replies, and give the one that fits best; 0: as many as this model is quick with
     conversation: "Conversation | None" = None,  # what `prompt` continues; None: a new one
     on_text: Callable[[str], Any] | None = None,  # gets each piece of the reply as it is made
 ) -> str:
@@ -72,7 +72,7 @@ SETTINGS = {  # name -> what `--help` says
     "top_p": "draw from the most probable tokens that hold this share of the probability",
     "min_p": "leave out what is less than this share as probable as the best",
     "repetition_penalty": "above 1: tokens that were there already become less probable",
-    "best_of": "draw so many replies, and give the one that fits best what was said",
+    "best_of": "draw so many replies, and give the one that fits best what was said; 0: as many as are quickly drawn",
 }
 
 

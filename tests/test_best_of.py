@@ -116,7 +116,7 @@ def test_one_alone_and_temperature_0_are_drawn_as_ever(models):
             assert say(plainly, message, 10, sampling) == best(with_it, message, count, 10, sampling)
             assert plainly.turns == with_it.turns and with_it.candidates == []
     with pytest.raises(UserError, match="best_of must be"):
-        check(50, best_of=0)
+        check(50, best_of=-1)
 
 
 def test_stopping_while_it_thinks_leaves_no_trace(models):
@@ -190,3 +190,13 @@ def test_a_fault_comes_last_and_the_message_counts():
     cut = Candidate([1] * 3, "Well, I", given=-0.1, fault=fault("Well, I", "Hi", ended=False))
     assert rank([cut, general, fitting]) == [fitting, general, cut]
     assert fitting.score == pytest.approx((-5.0 + LAMBDA * 11.0) / 4**ALPHA)
+
+
+def test_where_nobody_says_a_small_model_on_a_cpu_draws_eight(models):
+    small, big = (Conversation(models["float32"], seed=9) for _ in range(2))
+    list(small.reply("Hello there", 8, Sampling(temp=0.8), best_of=0))
+    assert len(small.candidates) == 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models["float32"].engine, "parameters", 1_500_000_000)
+        list(big.reply("Hello there", 8, Sampling(temp=0.8), best_of=0))
+    assert len(big.candidates) == 4

@@ -74,7 +74,7 @@ def test_seed_repeats_a_whole_conversation(home, capsys, monkeypatch):
     said = []
     for seed in ("5", "5", "6"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAnd you?\n"))
-        code, out, _ = run(capsys, "--seed", seed, "--max_t", "8", "--stats", "off")
+        code, out, _ = run(capsys, "--seed", seed, "--max_t", "8", "--stats", "off", "--best_of", "1")
         assert code == 0
         said.append(out)
     assert said[0] == said[1] != said[2]
@@ -237,7 +237,7 @@ class Terminal(pexpect.spawn):
 
 def test_a_conversation_on_a_terminal(home):
     """One session for all of it: a start of the process costs seconds."""
-    talk = Terminal("--seed", "5", "--max_t", "30")
+    talk = Terminal("--seed", "5", "--max_t", "30", "--best_of", "1")
     talk.expect("/help lists commands")
     talk.expect("you>")
     talk.sendintr()

@@ -34,12 +34,12 @@ class Stats(NamedTuple):
         return self.first_token_seconds + ((self.new_tokens - 1) / streamed if streamed else 0.0)
 
 
-def check(max_t: int, best_of: int = 1, **values: Any) -> Sampling:
+def check(max_t: int, best_of: int = 0, **values: Any) -> Sampling:
     """The sampling that `values` name. Raises UserError for a value out of range."""
     if not isinstance(max_t, int) or max_t < 1:
         raise UserError(f"max_t must be a whole number above 0, not {max_t}")
-    if not isinstance(best_of, int) or not 1 <= best_of <= 64:
-        raise UserError(f"best_of must be a whole number from 1 to 64, not {best_of}")
+    if not isinstance(best_of, int) or not 0 <= best_of <= 64:
+        raise UserError(f"best_of must be a whole number from 0 to 64, not {best_of}")
     try:
         return Sampling(**values)
     except ValueError as error:
@@ -75,9 +75,10 @@ class Conversation:
     def reply(self, message: str, max_t: int, sampling: Sampling, best_of: int = 1) -> Generator[str, None, None]:
         """Say `message`, and yield the answer piece by piece; whole characters, no control sequences.
 
-        With `best_of` above 1, so many answers are drawn, one at temperature 0 and the others cooler than asked for,
-        and the one that fits best is given (`dialogue/chat/rerank.py`); an empty piece comes with each token until
-        then. At temperature 0 all would be the same, and one is drawn.
+        With `best_of` above 1 (0: as many as `Model.quick_candidates` says), so many answers are drawn, one at
+        temperature 0 and the others cooler than asked for, and the one that fits best is given
+        (`dialogue/chat/rerank.py`); an empty piece comes with each token until then. At temperature 0 all would be the
+        same, and one is drawn.
         Stops at <END>, after `max_t` tokens, at the end of the context, or when the caller closes the
         iterator; what was said until then is kept. Raises UserError for a message that does not fit into the
         context, and for a model whose logits are not numbers; the conversation is then as it was before.
@@ -94,8 +95,9 @@ class Conversation:
         said: list[int] = []
         most, ranked = min(max_t, self.limit - 1 - len(prompt)), []
         try:
-            if best_of > 1 and sampling.temp > 0:
-                ranked = yield from self._best(prompt, message, most, sampling, best_of)
+            count = best_of or self.model.quick_candidates
+            if count > 1 and sampling.temp > 0:
+                ranked = yield from self._best(prompt, message, most, sampling, count)
                 said += ranked[0].tokens
                 yield plain(ranked[0].text)
             else:

@@ -37,7 +37,7 @@ class Decoder:
     recorded: Any = None  # what knows the cache by its address: a CUDA graph
 
     def __init__(self, model: PreTrainedModel, precision: str, context: int) -> None:
-        self.precision, self.length = precision, 0
+        self.precision, self.length, self.parameters = precision, 0, model.num_parameters()
         product: Any = float32
         if precision == "int8":
             from dialogue.chat import int8  # imports numba, which nothing else needs
