@@ -75,10 +75,8 @@ class Conversation:
     def reply(self, message: str, max_t: int, sampling: Sampling, best_of: int = 1) -> Generator[str, None, None]:
         """Say `message`, and yield the answer piece by piece; whole characters, no control sequences.
 
-        With `best_of` above 1 (0: as many as `Model.quick_candidates` says), so many answers are drawn, one at
-        temperature 0 and the others cooler than asked for, and the one that fits best is given
-        (`dialogue/chat/rerank.py`); an empty piece comes with each token until then. At temperature 0 all would be the
-        same, and one is drawn.
+        With `best_of` above 1 (0: `Model.quick_candidates`) the answer that fits best of so many is given
+        (`dialogue/chat/rerank.py`), after an empty piece with each token. At temperature 0 one is drawn.
         Stops at <END>, after `max_t` tokens, at the end of the context, or when the caller closes the
         iterator; what was said until then is kept. Raises UserError for a message that does not fit into the
         context, and for a model whose logits are not numbers; the conversation is then as it was before.
