@@ -53,6 +53,8 @@ def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
     for layer in list(model.modules()):
         if isinstance(layer, TrainableTokensLayer) and type(layer.base_layer) is nn.Embedding:  # others may scale
             _replace_forward(layer, _embedding_forward)
+        elif isinstance(layer, TrainableTokensLayer) and type(layer.base_layer) is nn.Linear:
+            _replace_forward(layer, _head_forward)
         elif isinstance(layer, LoraLayer):
             _replace_forward(layer, _lora_forward)
             for name, dropout in layer.lora_dropout.items():
@@ -96,6 +98,16 @@ def _lora_forward(layer: Any, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
     narrow = linear(layer.lora_dropout[adapter](x), down).flatten(0, -2)
     flat = result.flatten(0, -2)
     return torch.addmm(flat, narrow.to(flat.dtype), up.T.to(flat.dtype), alpha=layer.scaling[adapter]).view_as(result)
+
+
+def _head_forward(layer: Any, hidden: Tensor) -> Tensor:
+    """(B, T, H) -> (B, T, V): logits, with those of the trained rows; PEFT copies the whole matrix here too."""
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return type(layer).forward(layer, hidden)
+    [adapter] = layer.active_adapters
+    logits, ids = layer.base_layer(hidden), torch.tensor(layer.token_indices[adapter], device=hidden.device)
+    trained = layer.trainable_tokens_delta[adapter].to(logits.dtype)
+    return logits.index_copy(-1, ids, linear(hidden, trained))
 
 
 class _Int8Product(torch.autograd.Function):
