@@ -10,7 +10,7 @@ from transformers import GPT2Config
 
 from dialogue.data.packing import collate, encode, pack
 from dialogue.errors import UserError
-from dialogue.measure.loss import head_of, mean_nats, summed_nats
+from dialogue.measure.loss import Head, _ChunkedCrossEntropy, head_of, mean_nats, summed_nats
 from dialogue.models import load_base
 from dialogue.prompt import add_roles
 from dialogue.train.lora import attach, count_trained, save
@@ -182,3 +182,21 @@ def test_a_family_from_the_table_gets_its_own_targets(tokenizer):
         "q_proj", "k_proj", "v_proj", "o_proj",
     }  # fmt: skip
     assert config.target_modules == {"c_attn", "c_proj"}, "the editable value was changed"
+
+
+def test_logits_far_from_zero_lose_nothing_in_16_bits():
+    """GPT-2's lie near -112, where bfloat16 has steps of one half."""
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(500, 64) * 0.2, torch.randn(1, 40, 64)
+    weight[:, 0], hidden[..., 0] = weight[:, 0] - 11.2, 10.0
+    weight, hidden = weight.bfloat16(), hidden.bfloat16()
+    labels = torch.randint(0, 500, (40,))
+    exact = hidden[0].double() @ weight.double().T
+    assert exact.mean() < -110
+    expected = torch.nn.functional.cross_entropy(exact, labels)
+    ids = torch.tensor([497, 498, 499])
+    head = Head(weight, weight[ids].float(), ids, weight.mean(0, dtype=torch.float32))
+    nats = _ChunkedCrossEntropy.apply(hidden[0], *head, labels) / 40
+    assert nats.item() == pytest.approx(expected.item(), abs=2e-3)
+    rounded = torch.nn.functional.cross_entropy((hidden[0] @ weight.T).float(), labels)
+    assert abs(rounded - expected) > 4e-3, "the case that is meant"

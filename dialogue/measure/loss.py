@@ -21,19 +21,21 @@ class Head(NamedTuple):
     weight: Tensor  # (V, H), frozen
     rows: Tensor  # (R, H), trained: they stand for the rows `ids` of `weight`
     ids: Tensor  # (R,) int64
+    mean: Tensor  # (H,) float32: the mean row of `weight`
 
 
 def head_of(model: Any) -> Head:
     """The head of a causal language model, or of a PeftModel with trained token rows."""
     head = model.get_output_embeddings()
     if not isinstance(model, PeftModel):
-        weight = head.weight
-        return Head(weight, weight[:0], torch.empty(0, dtype=torch.long, device=weight.device))
+        weight, none = head.weight, torch.empty(0, dtype=torch.long, device=head.weight.device)
+        return Head(weight, weight[:0], none, weight.detach().mean(0, dtype=torch.float32))
     lm: Any = model.get_base_model()
     tokens: Any = (lm.get_input_embeddings() if lm.config.tie_word_embeddings else head).token_adapter
     weight = tokens.base_layer.weight
     ids = torch.tensor(tokens.token_indices[model.active_adapter], device=weight.device)
-    return Head(weight, tokens.trainable_tokens_delta[model.active_adapter], ids)
+    trained = tokens.trainable_tokens_delta[model.active_adapter]
+    return Head(weight, trained, ids, weight.detach().mean(0, dtype=torch.float32))
 
 
 def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -62,8 +64,15 @@ def mean_nats(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, row_ids: Tensor, labels: Tensor) -> Tensor:
-        """(T, H), frozen (V, H), trained rows (R, H), (R,), (T,) -> summed nats, float32 scalar."""
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, row_ids: Tensor, mean: Tensor, labels: Tensor
+    ) -> Tensor:
+        """(T, H), frozen (V, H), trained rows (R, H), (R,), mean row (H,), (T,) -> summed nats, float32 scalar.
+
+        GPT-2's logits lie near -112, where bfloat16 has steps of one half. A softmax does not see a constant, so the
+        mean logit is subtracted before the product is rounded: at that offset the KL divergence from exact logits
+        falls from 0.010 to 0.00001, and the product takes a tenth longer (in float32, seven times as long).
+        """
         need_gradient = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
@@ -72,8 +81,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), CHUNK):
             part = slice(start, start + CHUNK)
             x, y = hidden[part].to(weight.dtype), labels[part]
-            logits = (x @ weight.T).float()
-            logits[:, row_ids] = (x @ typed_rows.T).float()
+            shift = -(x.float() @ mean)[:, None].to(x.dtype)
+            logits = torch.addmm(shift, x, weight.T).float()
+            logits[:, row_ids] = torch.addmm(shift, x, typed_rows.T).float()
             log_probabilities = logits.log_softmax(-1)
             del logits
             total += torch.nn.functional.nll_loss(log_probabilities, y, reduction="sum")
@@ -94,4 +104,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, rows_gradient = ctx.saved_tensors
-        return hidden_gradient * scale[0], None, rows_gradient * scale[0], None, None
+        return hidden_gradient * scale[0], None, rows_gradient * scale[0], None, None, None
