@@ -81,18 +81,20 @@ def settings() -> dict[str, Any]:
     return {name: inspect.signature(generate_text).parameters[name].default for name in SETTINGS}
 
 
-def start_conversation(model: str, precision: str = "auto", seed: int | None = None) -> "Conversation":
+def start_conversation(
+    model: str, precision: str = "auto", seed: int | None = None, device: str | None = None
+) -> "Conversation":
     """A new conversation with a model, which is loaded at its first use."""
     from dialogue.chat.conversation import Conversation
 
-    return Conversation(_load(model, precision), seed)
+    return Conversation(_load(model, precision, device), seed)
 
 
 @functools.cache
-def _load(model: str, precision: str) -> "Model":
+def _load(model: str, precision: str, device: str | None) -> "Model":
     from dialogue.chat import engine
 
-    return engine.load(model, precision)
+    return engine.load(model, precision, device)
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -111,7 +113,9 @@ def parse(argv: list[str] | None) -> Namespace:
     sources, precisions = ("defaults", "fitted"), ("auto", "float32", "bfloat16", "float16", "int8")
     add("--sampler", choices=sources, default="defaults", help="fitted: from generation_config.json")
     add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
-    add("--precision", choices=precisions, default="auto", help="of the weights; auto: the fastest of full quality")
+    per_device = "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32; auto: the fastest of full quality"
+    add("--precision", choices=precisions, default="auto", help=f"of the weights: {per_device}")
+    add("--device", choices=("cpu",), help="cpu: leave the GPU alone, for example where it is full")
     add("--stats", choices=("on", "off", "json"), default="on", help="after each reply; json: on standard error")
     add("--debug", action="store_true", help="show the traceback of an error that ends the program")
     return parser.parse_args(argv)
@@ -165,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         from dialogue.chat.conversation import check
 
         check(**settings() | chosen)
-        return start_conversation(flags.model, flags.precision, flags.seed)
+        return start_conversation(flags.model, flags.precision, flags.seed, flags.device)
 
     if not flags.debug:
         warnings.simplefilter("ignore")  # of libraries; they would stand in the middle of the prompt

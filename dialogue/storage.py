@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import permutations
 from pathlib import Path
 
 from dialogue.errors import UserError
@@ -33,7 +34,8 @@ def locked(*folders: Path) -> Iterator[None]:
     check_apart(*folders)
     with ExitStack() as held:
         # In one order, so that of two that start together one gets all.
-        for target, folder in sorted({Path(os.path.realpath(folder)): folder for folder in folders}.items()):
+        for folder in sorted(folders, key=os.path.realpath):
+            target = Path(os.path.realpath(folder))
             file = target.parent / f".{target.name}.lock"
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def locked(*folders: Path) -> Iterator[None]:
             held.callback(_unlink, file)  # before it is released: whoever waits for this very file tries again
             with suppress(OSError):  # Windows lets nobody write to a locked file
                 now = datetime.datetime.now().isoformat(" ", "seconds")
-                write_json(file, {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
+                file.write_text(f"process {os.getpid()}, started {now} on {socket.gethostname()}", encoding="utf-8")
         yield
 
 
@@ -59,13 +61,10 @@ def _unlink(file: Path) -> None:
 def _holder(file: Path) -> str:
     """The process that holds a lock, in words."""
     for _ in range(20):
-        with suppress(UserError, ProcessLookupError):
-            said = read_json(file, {"pid": int, "host": str, "since": str})
-            here = said["host"] == socket.gethostname()
-            with suppress(PermissionError):  # another user's
-                os.kill(said["pid"] if here else os.getpid(), 0)
-            return f"process {said['pid']}{'' if here else ' on ' + said['host']}, started {said['since']}"
-        time.sleep(0.05)  # the file is new, or names one that was killed: the holder is about to write its name
+        with suppress(OSError, UnicodeDecodeError):
+            if said := file.read_text(encoding="utf-8"):
+                return said
+        time.sleep(0.05)  # the holder is about to write its name
     return "another process"
 
 
@@ -220,14 +219,12 @@ def _sync(path: Path) -> None:
 
 def check_apart(*folders: Path) -> None:
     """Raises UserError where two of a run's folders are the same folder, or one lies inside another."""
-    real = [Path(os.path.realpath(folder)) for folder in folders]
-    for first, name in zip(real, folders, strict=True):
-        for second, other in zip(real, folders, strict=True):
-            if other is not name and second.is_relative_to(first):
-                how = "are the same folder" if first == second else "lie one inside the other"
-                raise UserError(
-                    f"{name} and {other} {how}: give each its own (--adapter_dir, --merged_dir, --output_dir)"
-                )
+    for name, other in permutations(folders, 2):
+        if Path(os.path.realpath(other)).is_relative_to(os.path.realpath(name)):
+            raise UserError(
+                f"{name} and {other} are one folder, or lie one inside the other: "
+                "give each its own (--adapter_dir, --merged_dir, --output_dir)"
+            )
 
 
 def check_free(folder: Path, overwrite: bool) -> None:

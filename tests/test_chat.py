@@ -92,6 +92,22 @@ def test_generate_text_works_alone_and_its_defaults_are_the_chat_s(home, capsys,
     assert len(run(capsys, "--prompt", "Hello", "--stats", "json", "--max_t", "3")[1]) < len(reply)
 
 
+def test_the_cpu_can_be_asked_for(home, capsys, monkeypatch):
+    """Also where there is a GPU: which one there is, is not even asked."""
+    from dialogue import machine
+
+    chat._load.cache_clear()
+    monkeypatch.setattr(machine, "pick_device", lambda: pytest.fail("a GPU is taken"))
+    code, out, err = run(capsys, "--device", "cpu", "--prompt", "Hi", "--stats", "json", "--max_t", "3")
+    assert code == 0 and out and json.loads(err)["precision"] == "int8"
+    assert run(capsys, "--device", "cuda", "--prompt", "Hi")[0] == 2
+
+
+def test_the_help_says_which_precision_is_for_which_device(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32" in " ".join(out.split())
+
+
 def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):  # noqa: F811
     values = {"temperature": 0, "max_new_tokens": 3, "eos_token_id": 1}
     folder = tmp_path / "fitted"

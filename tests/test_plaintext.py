@@ -33,10 +33,14 @@ def test_every_split_in_two():
     assert grow(HOSTILE) == PLAIN
 
 
-@given(st.lists(st.text(alphabet=st.sampled_from("ab\x1b[]0;m\x07\\\x9b\x9c\n \u202ePcX1"), max_size=4), max_size=12))
+@given(
+    st.lists(
+        st.text(alphabet=st.sampled_from("ab\x1b[]0;m\x07\\\x9b\x9c\x9d\x90\n \u202ePcX1"), max_size=4), max_size=12
+    )
+)
 def test_any_stream_grows_and_stays_plain(pieces):
     shown = grow(pieces)
-    assert not set(shown) & set("\x1b\x07\x9b\x9c\u202e")
+    assert not set(shown) & set("\x1b\x07\x9b\x9c\x9d\x90\u202e")
     assert plain("".join(pieces)).startswith(shown)
 
 
@@ -59,3 +63,12 @@ def test_half_characters_wait(text):
     data = text.encode()
     for cut in range(len(data) + 1):
         assert text.startswith(stable(data[:cut].decode(errors="replace")))
+
+
+@pytest.mark.parametrize(
+    "opener", ["\x9d", "\x90", "\x98", "\x9e", "\x9f", "\x9b", "\x1b", "\x1b]", "\x1b[", "\x9d\x9b"]
+)
+def test_the_work_grows_with_the_text_and_not_with_its_square(opener):
+    """Quadratic work would take minutes here."""
+    text = opener * 200_000
+    assert plain(text + "end\x07") in ("end", "nd", "") and stable(text) == ""

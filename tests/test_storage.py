@@ -258,7 +258,9 @@ def test_the_second_to_lock_is_told_who_was_first(tmp_path):
     first.go()
     assert first.wait() == 0
     assert names(tmp_path) == ["adapters", "link"], "lock files are left"
-    with locked(tmp_path / "adapters", tmp_path / "adapters", tmp_path / "new/merged"):
+    with locked(tmp_path / "adapters", tmp_path / "new/merged"):
+        pass
+    with pytest.raises(UserError, match="give each its own"), locked(tmp_path / "adapters", tmp_path / "link"):
         pass
 
 
@@ -293,7 +295,7 @@ def test_of_two_that_start_together_exactly_one_goes_on(tmp_path):
 
 def test_a_lock_that_cannot_be_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written"), locked(tmp_path / "file/a"):
+    with pytest.raises(UserError, match="cannot be created"), locked(tmp_path / "file/a"):
         pass
 
 
