@@ -184,6 +184,11 @@ def test_what_nobody_wants_is_found(reply, found):
     assert fault(reply, "My dog died yesterday.", ended=True) == found
 
 
+def test_half_of_the_message_again_is_a_parrot():
+    assert fault("I am so tired of studying", "I'm so tired of studying.", ended=True) == "parrot"
+    assert fault("Me too", "Are you tired?", ended=True) == "", "too short for three words in a row"
+
+
 def test_a_fault_comes_last_and_the_message_counts():
     general = Candidate([1] * 3, "I see.", given=-4.0, alone=-4.0)
     fitting = Candidate([1] * 3, "How old was it?", given=-5.0, alone=-11.0)

@@ -46,7 +46,7 @@ def fault(text: str, message: str, ended: bool) -> str:
         return "empty"
     if not ended:
         return "cut"
-    if words == asked or 2 * sum(three in theirs for three in threes) > len(threes):
+    if words == asked or (threes and 2 * sum(three in theirs for three in threes) >= len(threes)):
         return "parrot"
     return "repeats" if len(set(threes)) < len(threes) else ""
 
