@@ -222,7 +222,7 @@ def check_apart(*folders: Path) -> None:
     for name, other in permutations(folders, 2):
         if Path(os.path.realpath(other)).is_relative_to(os.path.realpath(name)):
             raise UserError(
-                f"{name} and {other} are one folder, or lie one inside the other: "
+                f"{name} and {other} are the same folder, or lie one inside the other: "
                 "give each its own (--adapter_dir, --merged_dir, --output_dir)"
             )
 

@@ -219,8 +219,13 @@ print(exit_code(run), file=file, flush=True)
         shell.expect("ready")
         shell.close(force=False) if way != "ignored" else shell.expect(pexpect.EOF)
         shell.wait() if shell.isalive() else None
-        deadline = [line for _ in range(200) if (line := said.read()) or time.sleep(0.05)]
-        assert "".join(deadline).split() == ["saved", "129" if way == "at once" else "0"]
+        text, expected = "", ["saved", "129" if way == "at once" else "0"]
+        for _ in range(200):
+            text += said.read()
+            if text.split() == expected:
+                break
+            time.sleep(0.05)
+        assert text.split() == expected
 
 
 # ---- On a terminal -----------------------------------------------------------------------------------

@@ -335,7 +335,7 @@ def test_contexts_are_long_where_they_can_be_and_no_reply_belongs_to_two():
 
 def test_the_cost_of_replies_by_hand():
     human = {"words": 10, "distinct_1": 0.5, "distinct_2": 0.9, "share_that_ends": 1, "mutual_information": -1.5}
-    human |= {"share_that_repeats": 0.0, "share_that_parrots": 0.0}
+    human |= {"share_that_repeats": 0.0, "share_that_parrots": 0.0, "share_that_is_said_again": 0.0}
     assert fitting.cost(human, human) == 3
     bot = human | {"words": 20, "share_that_ends": 0.9, "share_that_repeats": 0.2, "mutual_information": -0.5}
     assert fitting.cost(bot, human) == pytest.approx(math.log(2) + 0.1 + 1.0 + 1.0)

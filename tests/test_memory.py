@@ -104,7 +104,9 @@ def test_a_flag_is_not_overruled(monkeypatch):
     fit, _ = choose(monkeypatch, 0.1, "--gradient_checkpointing", "False", "--load_in_8bit", "no")
     assert (fit.in_8bit, fit.checkpointing) == (False, False)
     assert choose(monkeypatch, 80, "--activation_checkpointing", "True")[0].checkpointing
-    assert choose(monkeypatch, 80)[0].in_8bit, "a billion parameters on a GPU"
+    assert choose(monkeypatch, 8)[0].in_8bit, "a billion parameters on a GPU"
+    assert choose(monkeypatch, 8, "--load_in_8bit", "no")[0].in_8bit is False
+    assert choose(monkeypatch, 80)[0] == (torch.bfloat16, False, False, 8), "where all of a step fits at once"
     assert not choose(monkeypatch, 80, config=small)[0].in_8bit
     assert not choose(monkeypatch, 80, kind="cpu")[0].in_8bit
     assert choose(monkeypatch, 80, "--load_in_8bit", "yes", kind="cpu")[0].in_8bit

@@ -144,6 +144,16 @@ def test_rows_are_filled_up_without_a_label_more():
     assert mean_dialogue_length([row]) == round((4 + 1) / 3)
 
 
+def torchrun(function, *arguments):
+    """A function of this file in two processes that talk through gloo."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    return subprocess.run(
+        [*command, __file__, function, *map(str, arguments)],
+        capture_output=True, text=True, env=environment, timeout=240, check=False,
+    )  # fmt: skip
+
+
 def share(folder, out):
     """What each of several processes runs: its share of the same training."""
     from conftest import gpt2_tokenizer
@@ -157,12 +167,7 @@ def share(folder, out):
 
 def test_two_processes_have_the_losses_of_one(random_gpt2, tmp_path, expected):
     """`torchrun` with gloo on a CPU: two rows a process, against four in one."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["", *sys.path])}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    run = subprocess.run(
-        [*torchrun, __file__, str(random_gpt2), str(tmp_path)],
-        capture_output=True, text=True, env=environment, timeout=240, check=False,
-    )  # fmt: skip
+    run = torchrun("share", random_gpt2, tmp_path)
     assert run.returncode == 0, run.stderr
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["0-of-2.json", "1-of-2.json"]
     for file in tmp_path.glob("*.json"):
@@ -173,5 +178,27 @@ def test_two_processes_have_the_losses_of_one(random_gpt2, tmp_path, expected):
     assert run.stderr.count("step 4/4") >= 1
 
 
+def rehearse_with_less_memory_in_the_second(folder, out):
+    """What each of two processes runs: the second one's device takes a single row."""
+    from conftest import gpt2_tokenizer
+
+    tokenizer = gpt2_tokenizer()
+    model, rows, held_out = prepare(folder, tokenizer)
+    arguments = settings(Path(out) / "checkpoints", use_cpu=True)
+    whole = plan_of(rows, held_out, arguments, torch.float32)
+    if arguments.process_index:
+        out_of_memory_beyond(model, 2, where=lambda hidden: hidden.requires_grad)
+    planned = plan.rehearse(model, tokenizer, whole.rows, run_of(arguments=arguments), whole.fit)
+    found = planned.fit.rows, planned.arguments.gradient_accumulation_steps, planned.steps
+    Path(out, f"{arguments.process_index}.json").write_text(json.dumps(found))
+
+
+def test_processes_agree_on_the_smallest_batch(random_gpt2, tmp_path):
+    run = torchrun("rehearse_with_less_memory_in_the_second", random_gpt2, tmp_path)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads((tmp_path / f"{number}.json").read_text()) for number in (0, 1)]
+    assert found[0] == found[1] == [1, 4, 4]
+
+
 if __name__ == "__main__":
-    share(*sys.argv[1:])
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -35,13 +35,14 @@ def cost(bot: Figures, human: Figures) -> float:
     """How much is wrong with the bot's replies? Lower is better.
 
     Sum of |ln(bot / human)| of mean length and of distinct-1 and -2, of the difference of the shares that end, and of
-    five times that of the shares that repeat or parrot: 0.1 is a tenth too long, or one reply of ten that does not
-    end, or one of fifty that says something twice. Off this goes twice the mutual information of message and reply.
+    five times that of the shares that repeat, parrot, or answer several messages: 0.1 is a tenth too long, or one
+    reply of ten that does not end, or one of fifty that says something twice. Off this goes twice the mutual
+    information of message and reply.
     """
     ratios = (max(bot[name], 1e-3) / max(human[name], 1e-3) for name in ("words", "distinct_1", "distinct_2"))
-    names = [f"share_that_{does}" for does in ("ends", "repeats", "parrots")]
-    ends, repeats, parrots = (abs(bot[name] - human[name]) for name in names)
-    unlike = sum(abs(math.log(ratio)) for ratio in ratios) + ends + 5 * (repeats + parrots)
+    names = [f"share_that_{does}" for does in ("ends", "repeats", "parrots", "is_said_again")]
+    ends, *faults = (abs(bot[name] - human[name]) for name in names)
+    unlike = sum(abs(math.log(ratio)) for ratio in ratios) + ends + 5 * sum(faults)
     return unlike - 2 * bot["mutual_information"]
 
 

@@ -124,7 +124,7 @@ def choose(load: Load, run: Run, device: torch.device) -> Fit:
 
     In this order fewer rows at once (the effective batch stays), then activation checkpointing (a third more time),
     then int8 weights, are the price, unless a flag or an edited value decides. On a GPU a model of a billion
-    parameters is taken in 8 bits also where more would fit: little memory is what `quant_config` is for.
+    parameters is taken in 16 bits only where a whole step fits at once: little memory is what `quant_config` is for.
     """
     dtype = machine.gather(machine.pick_dtype(device))[0]
     free = min(machine.gather(machine.free_memory(device, run.arguments.world_size)))
@@ -132,8 +132,6 @@ def choose(load: Load, run: Run, device: torch.device) -> Fit:
     in_8bit = {"yes": [True], "no": [False]}.get(run.load_in_8bit, [False, True])
     if run.load_in_8bit == "auto" and device.type == "mps":
         in_8bit = [False]  # bitsandbytes has no kernels for MPS
-    elif run.load_in_8bit == "auto" and device.type == "cuda" and sum(weights) >= 1_000_000_000:
-        in_8bit = [True]
     rows = run.arguments.per_device_train_batch_size
     ways = [
         Fit(dtype, int8, kept, part)
@@ -142,5 +140,9 @@ def choose(load: Load, run: Run, device: torch.device) -> Fit:
         for part in range(rows, 0, -1)
         if rows % part == 0
     ]
+    if run.load_in_8bit == "auto" and device.type == "cuda" and sum(weights) >= 1_000_000_000:
+        ways = [
+            way for way in ways if way.in_8bit or (way.rows == rows and way.checkpointing == bool(run.checkpointing))
+        ]
     needed = {way: estimate(load, way, weights) for way in ways}
     return next((way for way in ways if needed[way] < HEADROOM * free), min(ways, key=needed.__getitem__))
