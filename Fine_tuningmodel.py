@@ -18,6 +18,7 @@ from dialogue.errors import exit_code  # before the libraries: `dialogue` quiete
 import transformers
 from peft import LoraConfig
 from rich.console import Console
+from torch import distributed
 from transformers import BitsAndBytesConfig, TrainingArguments
 
 from dialogue import hub, machine, models, storage
@@ -172,4 +173,7 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # one line a multiplication, of no use to anyone
     transformers.logging.disable_progress_bar()
-    sys.exit(exit_code(main, debug="--debug" in sys.argv))
+    code = exit_code(main, debug="--debug" in sys.argv)
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+    sys.exit(code)
