@@ -190,7 +190,7 @@ def perplexity(engine: Decoder, texts: list[list[int]]) -> float:
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second that a plain sum reads; the best of ten. On a GPU over 2 GB and four sums a wait: one sum over less
+    """Bytes a second that a plain sum reads; the best of ten. On a GPU over 2 GB and four sums a wait: one over less
     takes about as long as its launch."""
     size, sums = (2**29, 4) if device == "cuda" else (2**26, 1)
     block, seconds = torch.ones(size, device=device), []
