@@ -181,18 +181,25 @@ def test_alt_shows_the_candidates_and_takes_another(models, capsys):
     ],
 )
 def test_what_nobody_wants_is_found(reply, found):
-    assert fault(reply, "My dog died yesterday.", ended=True) == found
+    assert fault(reply, ["My dog died yesterday."], ended=True) == found
 
 
 def test_half_of_the_message_again_is_a_parrot():
-    assert fault("I am so tired of studying", "I'm so tired of studying.", ended=True) == "parrot"
-    assert fault("Me too", "Are you tired?", ended=True) == "", "too short for three words in a row"
+    assert fault("I am so tired of studying", ["I'm so tired of studying."], ended=True) == "parrot"
+    assert fault("Me too", ["Are you tired?"], ended=True) == "", "too short for three words in a row"
+
+
+def test_what_the_bot_said_before_comes_last():
+    before = ["Any advice?", "I'm going to be late for the speech."]
+    assert fault("I'm going to be late for the speech too.", before, ended=True) == "parrot"
+    assert fault("Good night!", ["Bye!", "good night"], ended=True) == "parrot"
+    assert fault("Start with a joke.", before, ended=True) == ""
 
 
 def test_a_fault_comes_last_and_the_message_counts():
     general = Candidate([1] * 3, "I see.", given=-4.0, alone=-4.0)
     fitting = Candidate([1] * 3, "How old was it?", given=-5.0, alone=-11.0)
-    cut = Candidate([1] * 3, "Well, I", given=-0.1, fault=fault("Well, I", "Hi", ended=False))
+    cut = Candidate([1] * 3, "Well, I", given=-0.1, fault=fault("Well, I", ["Hi"], ended=False))
     assert rank([cut, general, fitting]) == [fitting, general, cut]
     assert fitting.score == pytest.approx((-5.0 + LAMBDA * 11.0) / 4**ALPHA)
 

@@ -175,7 +175,7 @@ class Conversation:
         ended = draft.tokens[-1] == self.roles.end
         tokens = draft.tokens[: len(draft.tokens) - ended]
         text = decode_text(self.tokenizer, tokens)
-        fault = rerank.fault(text, message, ended)
+        fault = rerank.fault(text, [message, *(self.text(at) for at in range(1, len(self.turns), 2))], ended)
         return rerank.Candidate(tokens, text, draft.nats, temp=draft.sampling.temp, fault=fault)
 
     @property

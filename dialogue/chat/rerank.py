@@ -38,15 +38,16 @@ def rank(candidates: list[Candidate]) -> list[Candidate]:
     return sorted(candidates, key=lambda each: (bool(each.fault), -each.score))
 
 
-def fault(text: str, message: str, ended: bool) -> str:
-    """What is wrong with a reply to `message`, in a word; "" where nothing is."""
-    words, asked = words_of(text), words_of(message)
-    threes, theirs = ngrams(words, 3), set(ngrams(asked, 3))
+def fault(text: str, said: list[str], ended: bool) -> str:
+    """What is wrong with a reply, in a word; "" where nothing is. `said`: what it must not say again, the message that
+    it answers and the earlier replies."""
+    words, before = words_of(text), [words_of(each) for each in said]
+    threes, theirs = ngrams(words, 3), {three for each in before for three in ngrams(each, 3)}
     if not words:
         return "empty"
     if not ended:
         return "cut"
-    if words == asked or (threes and 2 * sum(three in theirs for three in threes) >= len(threes)):
+    if words in before or (threes and 2 * sum(three in theirs for three in threes) >= len(threes)):
         return "parrot"
     return "repeats" if len(set(threes)) < len(threes) else ""
 

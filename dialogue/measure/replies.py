@@ -82,7 +82,7 @@ def measure(
     """
     words, heard = [words_of(reply.text) for reply in replies], [words_of(message) for message in messages]
     often = Counter(said for _, said in {(tuple(to), tuple(spoken)) for to, spoken in zip(heard, words, strict=True)})
-    faults = [fault(reply.text, message, True) for reply, message in zip(replies, messages, strict=True)]
+    faults = [fault(reply.text, [message], True) for reply, message in zip(replies, messages, strict=True)]
     grams = {n: [ngrams(reply, n) for reply in words] for n in (1, 2)}
     columns = {
         "words": list(map(len, words)),
