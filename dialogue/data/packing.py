@@ -121,12 +121,19 @@ def pack(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, max_
     return rows
 
 
-def mean_dialogue_length(rows: list[Row]) -> int:
-    """Tokens of the dialogue that a token is in, in the mean over tokens: what its attention costs."""
-    lengths = []
+def one_dialogue_a_row(rows: list[Row]) -> list[Row]:
+    """Packed rows -> a row for each of their dialogues."""
+    apart = []
     for row in rows:
         starts = [t for t, position in enumerate(row["position_ids"]) if position == 0]
-        lengths += [stop - start for start, stop in zip(starts, [*starts[1:], _length(row)], strict=True)]
+        for start, stop in zip(starts, [*starts[1:], _length(row)], strict=True):
+            apart.append({name: values[start:stop] for name, values in row.items()})
+    return apart
+
+
+def mean_dialogue_length(rows: list[Row]) -> int:
+    """Tokens of the dialogue that a token is in, in the mean over tokens: what its attention costs."""
+    lengths = [_length(row) for row in one_dialogue_a_row(rows)]
     return round(sum(length**2 for length in lengths) / sum(lengths))
 
 

@@ -12,14 +12,14 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue import machine
-from dialogue.data.packing import IGNORED, Row, collate, count_tokens
+from dialogue.data.packing import IGNORED, Row, collate, count_tokens, one_dialogue_a_row
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import HeldOut
 from dialogue.measure.loss import head_of, hidden_states, mean_nats
 from dialogue.prompt import find_roles
 from dialogue.train.memory import Fit
 from dialogue.train.options import Run, override
-from dialogue.train.rows import Rows, one_dialogue_a_row
+from dialogue.train.rows import Rows
 
 ALIKE = 0.02  # relative error of hidden states in 16 bits; of packed dialogues that see each other it is 0.3 and more
 

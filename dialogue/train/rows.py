@@ -51,13 +51,3 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, run: Run) -> Row
         [packing.to_row(piece, "bot", bot) for piece in validation[:CERTIFIED]],
         length, len(train), notes, validation,
     )  # fmt: skip
-
-
-def one_dialogue_a_row(rows: list[packing.Row]) -> list[packing.Row]:
-    """Packed rows -> a row for each of their dialogues."""
-    apart = []
-    for row in rows:
-        starts = [t for t, position in enumerate(row["position_ids"]) if position == 0]
-        for start, stop in zip(starts, [*starts[1:], len(row["labels"])], strict=True):
-            apart.append({name: values[start:stop] for name, values in row.items()})
-    return apart
