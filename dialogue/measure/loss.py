@@ -38,13 +38,15 @@ def head_of(model: Any) -> Head:
     return Head(weight, trained, ids, weight.detach().mean(0, dtype=torch.float32))
 
 
-def hidden_states(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The last hidden states (B, T, H) of a causal language model, without the logits of all positions.
 
-    Negative indices of `output_hidden_states` and `logits_to_keep` are in transformers' documentation of its outputs.
+    From its decoder; a model that is wrapped for several processes has to be called whole, which takes a sixth longer.
     """
     inputs = {name: values for name, values in batch.items() if name != "labels"}
-    return model(**inputs, use_cache=False, output_hidden_states=-1, logits_to_keep=1).hidden_states[-1]
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model(**inputs, use_cache=False, output_hidden_states=-1, logits_to_keep=1).hidden_states[-1]
+    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
 
 
 def summed_nats(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
