@@ -16,13 +16,19 @@ from transformers import PreTrainedTokenizerBase
 
 USER, BOT, END = "<USER>", "<BOT>", "<END>"
 
-# What other engines render a conversation with; token for token what `encode_dialogue` makes.
+# What other engines render a conversation with; token for token what `encode_dialogue` makes. A system message opens
+# the first turn of the user, as `with_persona` has it; where the assistant opens, it is a turn by itself.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{- '<USER>' -}}"
-    "{%- elif message['role'] == 'assistant' -%}{{- '<BOT>' -}}"
-    "{%- else -%}{{- raise_exception('only the roles user and assistant are known') -}}{%- endif -%}"
-    "{{- message['content'] + '<END>' -}}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- '<USER>' + message['content'] + '<END>' if loop.index0 != 1 or messages[0]['role'] != 'system'"
+    " else message['content'] + '<END>' -}}"
+    "{%- elif message['role'] == 'assistant' -%}{{- '<BOT>' + message['content'] + '<END>' -}}"
+    "{%- elif message['role'] == 'system' and loop.first -%}{{- '<USER>' + message['content'] -}}"
+    "{{- '\n' if messages[1:] and messages[1]['role'] == 'user' else '<END>' -}}"
+    "{%- else -%}"
+    "{{- raise_exception('the roles are user and assistant, and system for the first message') -}}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<BOT>' -}}{%- endif -%}"
 )
@@ -87,6 +93,15 @@ def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether text survives. Without its vocabulary file a tokenizer loads all the same, and knows the special
     tokens only."""
     return decode_text(tokenizer, encode_text(tokenizer, "Hello, you!")) == "Hello, you!"
+
+
+def with_persona(persona: str, message: str) -> str:
+    """The person's first message, behind what the bot is told about itself; "" leaves it as it is.
+
+    Of eight places the cheapest that works: a starter that never saw a persona found the reply that fits it among
+    five in 22 of 25 questions (a turn by itself 22, text before the first <USER> 21, the bot's own first turn 21).
+    """
+    return f"{persona}\n{message}" if persona else message
 
 
 def encode_turn(tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int) -> list[int]:

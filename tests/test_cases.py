@@ -20,7 +20,7 @@ from dialogue.data.corpus import Unlearned, without_leaks
 from dialogue.data.packing import IGNORED, encode, pack
 from dialogue.data.sources import load_corpus, read_path
 from dialogue.errors import UserError
-from dialogue.prompt import add_roles
+from dialogue.prompt import add_roles, encode_dialogue
 
 CASES = SHARED / "cases"
 
@@ -266,7 +266,7 @@ def test_what_is_dropped_is_counted_by_its_reason(tmp_path):
     crowd = [{"speaker": name, "text": name} for name in ("Ann", "Bo", "Cy")]
     picture = [{"role": "user", "content": [{"type": "image_url"}]}, ROLES[1]]
     records = [
-        {"messages": [{"role": "system", "content": "Be kind."}, *ROLES, {"role": "tool", "content": "42"}, ROLES[0]]},
+        {"messages": [*ROLES, {"role": "system", "content": "Be kind."}, {"role": "tool", "content": "42"}, ROLES[0]]},
         {"messages": picture},
         {"messages": ROLES, "train": False},
         {"prompt": "Hi", "completion": "Go away", "label": False},
@@ -277,6 +277,38 @@ def test_what_is_dropped_is_counted_by_its_reason(tmp_path):
     assert dialogues == [["Hi", "Ho"]]
     assert sorted(left_out.values()) == [1] * 6 + [2]
     assert {reason.split()[0] for reason in left_out} == {"system", "messages", "last", "dialogues"}
+
+
+PERSONA = {"role": "system", "content": "You are Ada."}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [PERSONA, *ROLES]},
+        {"system": "You are Ada.", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+        {"system": "You are Ada.", "dialog": ["Hi", "Ho"]},
+    ],
+)
+def test_a_persona_opens_the_first_message_and_is_not_learned(tmp_path, tokenizer, record):
+    dialogues, left_out, _ = dialogues_of(tmp_path, "a.jsonl", [record])
+    assert dialogues == [["You are Ada.\nHi", "Ho"]] and not +left_out
+    assert isinstance(dialogues[0][0], Unlearned) and not isinstance(dialogues[0][1], Unlearned)
+    add_roles(tokenizer)
+    ids = [token for turn in encode_dialogue(tokenizer, dialogues[0]) for token in turn]
+    rendered = tokenizer.apply_chat_template([PERSONA, *ROLES], tokenize=False)
+    assert tokenizer.decode(ids) == rendered == "<USER>You are Ada.\nHi<END><BOT>Ho<END>"
+
+
+def test_a_persona_before_a_bot_that_opens_is_a_turn_by_itself(tmp_path, tokenizer):
+    messages = [PERSONA, ROLES[1], *ROLES]
+    dialogues, _, _ = dialogues_of(tmp_path, "a.jsonl", [{"messages": messages}])
+    assert dialogues == [["You are Ada.", "Ho", "Hi", "Ho"]] and isinstance(dialogues[0][0], Unlearned)
+    add_roles(tokenizer)
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered == "<USER>You are Ada.<END><BOT>Ho<END><USER>Hi<END><BOT>Ho<END>"
+    with pytest.raises(Exception, match="system for the first message"):
+        tokenizer.apply_chat_template([*ROLES, PERSONA], tokenize=False)
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,8 @@ def test_each_format_gives_the_same_dialogues(tmp_path):
 
 def test_messages_alternate_and_keep_their_text(tmp_path):
     messages = [
-        {"role": "system", "content": "Be nice."},
         {"role": "assistant", "content": "Welcome!"},
+        {"role": "system", "content": "Be nice."},
         {"role": "user", "content": "I use  .NET ."},
         {"role": "user", "content": "And you ?"},
         {"role": "assistant", "content": "Python ."},

@@ -60,10 +60,11 @@ def _find_pair(record: dict[str, Any]) -> tuple[str, str] | None:
 def _from_record(record: Record, left_out: Counter[str]) -> Conversation | None:
     """A record that holds a whole dialogue -> its messages. None, counted, where it is not to be learned."""
     where, value = record
-    split = None
+    split, persona = None, list[Said]()
     if isinstance(value, dict):
         split = own_split(value.get("split"), where)
-        left_out[speakers.SYSTEM] += bool(value.get("system"))
+        if isinstance(value.get("system"), str):
+            persona.append(Said("system", value["system"]))
         if not is_learned(value, where):
             left_out[NOT_LEARNED] += 1
             return None
@@ -77,13 +78,13 @@ def _from_record(record: Record, left_out: Counter[str]) -> Conversation | None:
     if isinstance(value, list) and value and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         value = list(itertools.chain(*value))  # [["Hi", "Hello"], ...]
     if isinstance(value, list) and all(isinstance(turn, str | None) for turn in value):
-        return Conversation([Said(None, turn or "") for turn in value], split)
+        return Conversation(persona + [Said(None, turn or "") for turn in value], split)
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise UserError(f"{where}: not a dialogue; needed is {SHAPE}")
     messages = [_message(message, where) for message in value]
     if None in messages:
         left_out[OTHER_CONTENT] += 1
-    return None if None in messages else Conversation([message for message in messages if message], split)
+    return None if None in messages else Conversation(persona + [each for each in messages if each], split)
 
 
 def _from_pair(record: dict[str, Any], where: str) -> list[dict[str, str]]:

@@ -15,7 +15,7 @@ from dialogue.errors import UserError
 LONGEST_TURN = 100_000  # characters: far more than any model's context
 
 ONE_TURN = "dialogues of fewer than two turns left out"
-SYSTEM = "system messages left out"
+SYSTEM = "system messages amid a dialogue left out"
 TOOL = "messages of tools left out"
 UNANSWERED = "last messages without an answer left out"
 CROWDED = "dialogues of more than two speakers left out"
@@ -94,16 +94,20 @@ def find_parts(conversations: list[Conversation], notes: list[str]) -> dict[str,
 def alternate(messages: list[Said], parts: dict[str, str], left_out: Counter[str]) -> list[str]:
     """Messages -> turns of the person and the bot in turn: neighbours of one speaker are joined by a newline.
 
-    Empty where the dialogue is left out. A last message of a known user has no answer and is dropped; between people
-    the last turn is kept.
+    A system message at the start is a persona: it opens the person's first turn, which is then not learned
+    (`dialogue/prompt.py`). Empty where the dialogue is left out. A last message of a known user has no answer and is
+    dropped; between people the last turn is kept.
     """
     turns: list[str] = []
     local: dict[str, str] = {}
-    for place, (who, text, learn) in enumerate(messages):
+    persona = bool(messages) and parts.get(messages[0].who or "") == "system"
+    for place, (who, text, learn) in enumerate(messages, -persona):
         part = ("user", "assistant")[place % 2]
         if who is not None:
             part = parts.get(who) or local.setdefault(who, "assistant" if local else "user")
         text = drop_controls(text).strip()
+        if part == "system" and place < 0:
+            part, learn = "user", False
         if part in ("system", "tool"):
             left_out[SYSTEM if part == "system" else TOOL] += 1
         elif text:
