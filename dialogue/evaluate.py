@@ -10,7 +10,7 @@ What each figure means stands in docs/evaluation.md.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     bot = flags.bot or (None if flags.dataset else run.get("bot"))
     reading = (bot, run.get("silence") or SILENCE)
     if flags.compare:
-        own = [] if dataset in (None, *KNOWN) else own_openers(load_corpus(dataset, *reading), len(OPENERS))
-        compare(console, loaders, tokenizer, flags.max_t, flags.seed, own or OPENERS)
+        own = () if dataset in (None, *KNOWN) else own_openers(load_corpus(dataset, *reading), len(OPENERS))
+        compare(loaders, tokenizer, own or OPENERS, flags.max_t, flags.seed)
         return
     if not dataset:
         raise UserError(f"{flags.model} does not say what it was trained on: give --dataset")
@@ -130,9 +130,7 @@ def likelihood(
     }
 
 
-def compare(
-    console: Console, loaders: Lent, tokenizer: PreTrainedTokenizerBase, max_t: int, seed: int, openers: list[str]
-) -> None:
+def compare(loaders: Lent, tokenizer: PreTrainedTokenizerBase, openers: Sequence[str], max_t: int, seed: int) -> None:
     """Both models' replies to the openers in a table, with the same seed."""
     columns = []
     for load in loaders.values():
@@ -141,7 +139,7 @@ def compare(
     table = Table("opener", *loaders, title=f"The same {len(openers)} openers, seed {seed}", show_lines=True)
     for opener, *said in zip(openers, *columns, strict=True):
         table.add_row(*(plain(text).replace("[", "\\[") for text in (opener, *(reply.text for reply in said))))
-    console.print(table)
+    Console().print(table)
 
 
 def show(console: Console, results: Results, title: str) -> None:

@@ -42,10 +42,10 @@ class Corpus(NamedTuple):
     notes: list[str]
 
 
-def own_openers(corpus: Corpus, count: int) -> list[str]:
+def own_openers(corpus: Corpus, count: int) -> tuple[str, ...]:
     """Different first messages of the validation split, short ones. None of known data, which has English openers."""
     found = dict.fromkeys(" ".join(turns[0].split()) for turns in corpus.validation if 0 < len(turns[0]) <= 200)
-    return [] if corpus.licence else list(found)[:count]
+    return () if corpus.licence else tuple(found)[:count]
 
 
 def fold(text: str) -> str:

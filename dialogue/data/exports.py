@@ -7,23 +7,24 @@ were read off public reports: github.com/joweich/chat-miner (test/whatsapp), git
 
 import datetime
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from dialogue.data.speakers import SYSTEM, Conversation, Said
 from dialogue.errors import UserError
 
 SILENCE = 60.0  # minutes that part two conversations
-MEDIA = "media, calls and deleted messages left out"
-FORWARDED = "forwarded messages left out"
+MEDIA = "media, calls, deleted and forwarded messages left out"
+SAID = ("message", "Default", "Reply")  # types of Telegram's and Discord's messages that a person wrote
 
 MARKS = dict.fromkeys((0x200E, 0x200F, 0xFEFF, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))  # invisible
 # "[31/12/2019, 2:14:40 a.m.] ", "02.05.18 à 18:00 - ", "3/24/14, 1:59:59 PM: ", "[2024/10/31 下午9:05:46] "
 HEAD = re.compile(
     r"(\[)?(\d{1,4})([./-])\s?(\d{1,2})\3\s?(\d{1,4})([^\d\[\]:–-]{1,12})(\d{1,2})[:.](\d\d)(?:[:.]\d\d)?"
-    r"([^\d\[\]:–-]{0,9}?)(?(1)\]|\s[–-](?=\s)|:(?=\s))\s?"
+    r"([^\d\[\]:–-]{0,9}?)(?(1)\]|(?:\s[–-]|:)(?=\s))\s?"
 )
 HALVES = dict.fromkeys(["am", "上午", "凌晨", "早上", "午前", "오전", "ص", "قظ", "πμ", "öö", "de"], 0)
 HALVES |= dict.fromkeys(["pm", "下午", "中午", "晚上", "午後", "오후", "م", "بظ", "μμ", "ös", "du"], 12)
@@ -40,13 +41,13 @@ MARKER = re.compile(
     r"|(?:messages|nachrichten|los mensajes|les messages|mesajlar)\b.*(?:encrypted|verschlüsselt|extremo|bout|uçtan).*"
     r"|(?:this message was|you) deleted(?: this message)?|(?:diese nachricht wurde|du hast diese nachricht) gelöscht"
     r"|este mensaje fue eliminado|eliminaste este mensaje|esta mensagem foi apagada|você apagou esta mensagem"
-    r"|ce message a été supprimé|vous avez supprimé ce message|questo messaggio è stato eliminato"
-    r"|данное сообщение удалено|(?:dit bericht is|je hebt dit bericht) verwijderd|missed (?:voice|video) call|verpasster \w+anruf",
+    r"|ce message a été supprimé|questo messaggio è stato eliminato|данное сообщение удалено"
+    r"|(?:dit bericht is|je hebt dit bericht) verwijderd|missed \w+ call|verpasster \w+anruf|llamada perdida",
     re.IGNORECASE,
 )
 
 DATE = re.compile(r"(?<![\d./-])(?:\d{1,2}|\d{4})([./-])\d{1,2}\1(?:\d{4}|\d\d)(?![./-]?\d)")
-PHONE = re.compile(r"(?<!\w)[+(]?\d(?:[\s()./\u2010-\u2013-]{0,2}\d){6,14}(?!\w)")
+PHONE = re.compile(r"(?<!\w)[+(]?\d(?:[\s()./\u2010-\u2013-]{0,3}\d){6,14}(?!\w)")
 CARD = re.compile(r"(?<!\d)\d(?:[ -]?\d){12,18}(?!\d)")
 LINK = re.compile(
     r"(?:\b[a-z][\w+.-]*://|www\.)\S*?(?:[?&#;/][\w-]*(?:token|key|auth|secret|sig|pass|pwd|code|session|invite)[\w-]*="
@@ -55,40 +56,34 @@ LINK = re.compile(
 )
 
 
-class Message(NamedTuple):
-    who: str  # empty: the app itself
-    minute: float
-    text: str
+Message = tuple[str, float, str]  # who, or nothing for the app itself; the minute; the text
 
 
-def _has_card(line: str) -> bool:
-    """Whether a number of 13 to 19 digits passes Luhn's test (ISO/IEC 7812-1, annex B)."""
-    for found in CARD.findall(line):
-        digits = [int(sign) for sign in reversed(found) if sign.isdecimal()]
-        if (sum(digits[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[1::2])) % 10 == 0:
-            return True
-    return False
+def _is_card(number: str) -> bool:
+    """Luhn's test (ISO/IEC 7812-1, annex B)."""
+    digits = [int(sign) for sign in reversed(number) if sign.isdecimal()]
+    return (sum(digits[::2]) + sum(sum(divmod(2 * digit, 10)) for digit in digits[1::2])) % 10 == 0
 
 
-def _has_phone(line: str) -> bool:
-    """Whether a number stands there that could be dialled: by its first sign, or of nine digits and more."""
-    numbers = PHONE.findall(DATE.sub("", line))
-    return any(number[0] in "+(0" or sum(map(str.isdecimal, number)) >= 9 for number in numbers)
+def _is_phone(number: str) -> bool:
+    """Whether it can be dialled: by its first sign, or with nine digits and more."""
+    return number[0] in "+(0" or sum(map(str.isdecimal, number)) >= 9
 
 
 PRIVATE: dict[str, Callable[[str], Any]] = {
-    "an e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.\w").search, "a link with a token": LINK.search,
-    "a card number": _has_card, "a phone number": _has_phone,
+    "a link with a token": LINK.search, "an e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.\w").search,
+    "a card number": lambda line: any(map(_is_card, CARD.findall(line))),
+    "a phone number": lambda line: any(map(_is_phone, PHONE.findall(DATE.sub("", line)))),
 }  # fmt: skip
 
 
-def find_chats(values: list[Any], where: str, left_out: Counter[str], notes: list[str]) -> list[list[Message]]:
+def find_chats(values: list[Any], where: str, notes: list[str]) -> list[list[Message]]:
     """The lines of a text, or documents of JSON -> messages of each chat; none where the file is no export."""
     if all(isinstance(value, str) for value in values):
         return [_whatsapp(values, notes)] if any(map(_head, values[:20])) else _named(values)
     try:
         chats = [chat for value in values for chat in _json_chats(value)] if _json_chats(values[0]) else []
-        return [_of_json(chat["messages"], left_out) for chat in chats]
+        return [_of_json(chat["messages"]) for chat in chats]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: a message is not as Telegram or DiscordChatExporter write it ({error!r})") from error
 
@@ -97,23 +92,18 @@ def to_conversations(chats: list[list[Message]], silence: float, left_out: Count
     """Chats, parted where nobody says anything for `silence` minutes; without lines that hold something private."""
     found: list[Conversation] = []
     for chat in chats:
-        last = None
-        for who, minute, text in chat:
-            left_out[SYSTEM] += not who
-            left_out[MEDIA] += bool(who) and not text.strip()
-            if last is None or (who and abs(minute - last) > silence):
+        last = -math.inf
+        left_out[SYSTEM] += sum(not who for who, _, _ in chat)
+        for who, minute, text in (message for message in chat if message[0]):
+            if abs(minute - last) > silence:
                 found.append(Conversation([], None))
-            last = minute if who or last is None else last
-            if who and (text := _without_private(text, left_out)):
-                found[-1].messages.append(Said(who, text))
-    return [one for one in found if one.messages]
-
-
-def _without_private(text: str, left_out: Counter[str]) -> str:
-    lines = text.split("\n")
-    reasons = [next((what for what, finds in PRIVATE.items() if finds(line)), None) for line in lines]
-    left_out.update(f"lines with {what} left out" for what in reasons if what)
-    return "\n".join(line for line, what in zip(lines, reasons, strict=True) if not what).strip()
+            last = minute
+            left_out[MEDIA] += not text.strip()
+            reasons = [next((what for what, finds in PRIVATE.items() if finds(line)), "") for line in text.split("\n")]
+            left_out.update(f"lines with {what} left out" for what in reasons if what)
+            kept = [line for line, what in zip(text.split("\n"), reasons, strict=True) if not what]
+            found[-1].messages.append(Said(who, "\n".join(kept)))
+    return found
 
 
 def _speaker(name: str) -> str:
@@ -152,7 +142,7 @@ def _whatsapp(lines: list[str], notes: list[str]) -> list[Message]:
         misfits[order] = days.count(0), sum(later < day for day, later in itertools.pairwise(filter(None, days)))
     order = min(misfits, key=lambda name: misfits[name])
     notes.append(f"WhatsApp's dates read as {order}")
-    messages: list[tuple[str, int, list[str]]] = []
+    messages: list[tuple[str, float, list[str]]] = []
     for line, head in zip(lines, heads, strict=True):
         if head and (day := _day(head[1], order)):
             name = NAME.match(head[3])
@@ -161,7 +151,7 @@ def _whatsapp(lines: list[str], notes: list[str]) -> list[Message]:
             messages.append((who, 1440 * day + head[2], [head[3][name.end() :] if name else ""]))
         elif messages:
             messages[-1][2].append(line)
-    return [Message(who, minute, _own_words(said)) for who, minute, said in messages]
+    return [(who, minute, _own_words(said)) for who, minute, said in messages]
 
 
 def _own_words(lines: list[str]) -> str:
@@ -180,37 +170,35 @@ def _named(lines: list[str]) -> list[list[Message]]:
 
     A name says two things at least: "PS: no" goes on with what was said before.
     """
-    found = [NAMED.match(line.strip()) for line in lines]
+    lines = [line.strip() for line in lines]
+    found = list(map(NAMED.match, lines))
     often = {name for name, count in Counter(match[1] for match in found if match).items() if count > 1}
     turns = [(place, match[1]) for place, match in enumerate(found) if match and match[1] in often]
-    if len(often) < 2 or 2 * len(turns) < sum(map(bool, map(str.strip, lines))):
+    if len(often) < 2 or 2 * len(turns) < sum(map(bool, lines)):
         return []
-    ends = [place for place, _ in turns[1:]]
-    texts = [[line.strip() for line in lines[place:end]] for (place, _), end in zip(turns, [*ends, None], strict=True)]
+    texts = [lines[place:end] for (place, _), (end, _) in itertools.pairwise([*turns, (len(lines), "")])]
     usual = min(text.count("") for text in texts[:-1])
     chats: list[list[Message]] = [[]]
     for (_, who), (first, *others) in zip(turns, texts, strict=True):
-        said = [first[len(who) + 1 :].strip(), *filter(None, others)]
-        chats[-1].append(Message(_speaker(who), 0, "\n".join(said)))
+        chats[-1].append((_speaker(who), 0, "\n".join([first[len(who) + 1 :].strip(), *filter(None, others)])))
         chats += [[]] * (others.count("") > usual)
     return chats
 
 
 def _json_chats(value: Any) -> list[dict[str, Any]]:
     """The chats in a document of Telegram (one, or all) or of DiscordChatExporter; none where it is another one."""
-    if not isinstance(value, dict):
-        return []
-    lists = [value[name]["list"] for name in ("chats", "left_chats") if isinstance(value.get(name), dict)]
-    found = []
-    for chat in itertools.chain(*lists) if lists else [value]:
-        messages = chat.get("messages")
-        keys = messages[0].keys() if isinstance(messages, list) and messages and isinstance(messages[0], dict) else {}
-        if "type" in keys and {*keys} & {"date", "timestamp"} and {*keys} & {"from_id", "actor", "author"}:
-            found.append(chat)
-    return found
+    match value:
+        case {"messages": [{"type": _, "date": _, "from_id": _} | {"type": _, "date": _, "actor": _}, *_]}:
+            return [value]
+        case {"messages": [{"type": _, "timestamp": _, "author": _}, *_]}:
+            return [value]
+        case {"chats": {"list": [*chats]}}:
+            chats += value.get("left_chats", {}).get("list", [])
+            return [chat for each in chats for chat in _json_chats(each)]
+    return []
 
 
-def _of_json(messages: list[dict[str, Any]], left_out: Counter[str]) -> list[Message]:
+def _of_json(messages: list[dict[str, Any]]) -> list[Message]:
     """Messages of Telegram ("from", "date", "text") or DiscordChatExporter ("author", "timestamp", "content").
 
     Telegram has a text with links or bold words as a list of strings and entities; a deleted account has no name.
@@ -220,11 +208,8 @@ def _of_json(messages: list[dict[str, Any]], left_out: Counter[str]) -> list[Mes
         author = one.get("author") or {"name": one.get("from") or one.get("from_id")}
         date = datetime.datetime.fromisoformat(re.sub(r"\.\d+|Z$", "", one.get("timestamp") or one["date"]))
         minute = date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() / 60
-        parts = one.get("content", one.get("text", ""))
+        parts = "" if "forwarded_from" in one else one.get("content", one.get("text", ""))
         text = "".join(part if isinstance(part, str) else part["text"] for part in parts)
-        is_said = one["type"] in ("message", "Default", "Reply")
-        left_out[FORWARDED] += "forwarded_from" in one
-        if "forwarded_from" not in one:
-            who = _speaker(str(author.get("nickname") or author["name"])) if is_said else ""
-            found.append(Message(who, minute, text))
+        who = _speaker(str(author.get("nickname") or author["name"])) if one["type"] in SAID else ""
+        found.append((who, minute, text))
     return found

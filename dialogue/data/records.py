@@ -33,7 +33,7 @@ def to_dialogues(
     whose turns are the bot's; `silence`, in minutes, parts the conversations of a chat.
     """
     first = records[0].value if records else None
-    chats = exports.find_chats([record.value for record in records], name, left_out, notes)
+    chats = exports.find_chats([record.value for record in records], name, notes)
     if chats:
         conversations = exports.to_conversations(chats, silence, left_out)
     elif isinstance(first, dict) and not _find_list(first) and not _find_pair(first):

@@ -2,6 +2,7 @@
 
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
@@ -47,10 +48,8 @@ def load_corpus(dataset: str, bot: str | None = None, silence: float = SILENCE) 
     notes: list[str] = []
     if bot and dataset in KNOWN:
         raise UserError(f"--bot {bot} names a speaker of your own chats, and {dataset} has no names: leave it out")
-    if dataset == "dailydialog":
-        return _dailydialog()
-    if dataset == "chitchat":
-        return _chitchat()
+    if dataset in KNOWN:
+        return _chitchat() if dataset == "chitchat" else _dailydialog()
     # os.path and not Path: a name too long, or a folder that may not be entered, is False there and no exception.
     path = os.path.expanduser(dataset)
     if dataset and os.path.exists(path):
@@ -113,9 +112,8 @@ def _gather(files: Files, source: str, released: bool, left_out: Counter[str], n
     splits = _splits_by_name(list(files))
     for parts, dialogues in files.items():
         split = splits[parts]
-        is_test = parts in whole or (
-            split == "train" and split_by_name("/".join((Path(source).name, *parts))) == "test"
-        )
+        named = split_by_name("/".join((Path(source).name, *parts)))
+        is_test = parts in whole or (split, named) == ("train", "test")
         if is_test and (tokenised or (released and len(dialogues) >= DAILYDIALOG_SIZES["test"])):
             raise UserError(f"{source} holds DailyDialog's test split, never trained on: give its train.zip as well")
         origin[split].append("/".join(parts))
@@ -238,19 +236,9 @@ def _chitchat() -> Corpus:
 
 def _chat_turns(groups: list[list[dict[str, Any]]]) -> list[str]:
     """Groups of messages of one sender -> turns, each on one line, since a terminal shows one reply."""
-    turns: list[str] = []
-    last = None
-    for group in groups:
-        text = _one_line(" ".join(html.unescape(message["text"]).split()) for message in group)
-        if not text:
-            continue
-        sender = group[0]["sender"]
-        if sender == last:
-            turns[-1] = _one_line([turns[-1], text])
-        else:
-            turns.append(text)
-        last = sender
-    return turns
+    messages = [(group[0]["sender"], message["text"]) for group in groups for message in group]
+    said = [(sender, text) for sender, raw in messages if (text := " ".join(html.unescape(raw).split()))]
+    return [_one_line(text for _, text in turn) for _, turn in itertools.groupby(said, lambda one: one[0])]
 
 
 def _one_line(messages: Iterable[str]) -> str:

@@ -129,12 +129,8 @@ def alternate(messages: list[Said], parts: dict[str, str], left_out: Counter[str
     unanswered = len(turns) % 2 and any(str(message.who).casefold() in ROLES for message in messages)
     left_out[UNANSWERED] += bool(unanswered)
     turns = turns[: len(turns) - bool(unanswered)]
-    for reason, applies in (
-        (CROWDED, len(local) > 2),
-        (TOO_LONG, any(len(turn) > LONGEST_TURN for turn in turns)),
-        (ONE_TURN, sum(map(bool, turns)) < 2),
-    ):
-        if applies:
-            left_out[reason] += 1
-            return []
-    return turns
+    too_long = any(len(turn) > LONGEST_TURN for turn in turns)
+    faults = {CROWDED: len(local) > 2, TOO_LONG: too_long, ONE_TURN: sum(map(bool, turns)) < 2}
+    reasons = [reason for reason, applies in faults.items() if applies]
+    left_out.update(reasons[:1])
+    return [] if reasons else turns

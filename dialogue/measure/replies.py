@@ -3,7 +3,7 @@
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +60,7 @@ def find_contexts(
     return contexts
 
 
-def converse(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int, openers: Sequence[str] = ()) -> Dialogues:
+def converse(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int, openers: tuple[str, ...] = ()) -> Dialogues:
     """The model's replies to `openers`, or where there are none its side of `CONVERSATIONS`, all at once."""
     asked = [openers] if openers else zip(*CONVERSATIONS, strict=True)
     talks: Dialogues = [[] for _ in openers or CONVERSATIONS]

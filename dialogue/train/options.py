@@ -146,13 +146,11 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     value that does not exist.
     """
     parser = Parser(
-        prog="Fine_tuningmodel.py",
+        prog="Fine_tuningmodel.py", epilog=EPILOGUE, allow_abbrev=False,
         description="Fine-tune a language model on dialogues with LoRA, then merge it. "
         "Without flags, the values at the top of the script are used.",
-        epilog=EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    )  # fmt: skip
     add = parser.add_argument
     add("--preset", default="xl", metavar="NAME",
         help="xl: GPT-2-XL in 8-bit, a GPU of 8 GB or more (the default); small: GPT-2 124M, any computer; "
@@ -174,7 +172,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
     add("--resume", action=argparse.BooleanOptionalAction,
-        help="go on with an unfinished run of the same settings, or start afresh (default: go on where there is one)")  # fmt: skip
+        help="go on with an unfinished run of the same settings, or start afresh (default: go on)")  # fmt: skip
     add("--early_stopping_patience", type=_count_or_0, metavar="N",
         help="stop after N evaluations in a row without a better one; 0: never")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")

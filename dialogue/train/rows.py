@@ -1,6 +1,5 @@
 """What a run trains on and is measured with: dialogues as rows of token ids."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ class Rows(NamedTuple):
     dialogues: int  # in `train`
     notes: list[str]  # what was cut or skipped
     validation: list[list[list[int]]]  # the dialogues of `held_out`
-    openers: Sequence[str] = ()  # what samples and model card ask, of own data
+    openers: tuple[str, ...] = ()  # what samples and model card ask, of own data
 
     def with_less_held_out(self, share: float, tokenizer: PreTrainedTokenizerBase) -> "Rows":
         """Only the first `share` of the held-out dialogues, at least one; all of them from 1 on."""

@@ -68,9 +68,8 @@ def more_epochs(rows: int, steps: int, arguments: TrainingArguments) -> str:
     """Advice where so few rows make so few steps that hardly anything is learned; none where steps are asked for."""
     an_epoch = count_steps(rows, override(arguments, {"num_train_epochs": 1}))
     epochs = math.ceil(ENOUGH / an_epoch)
-    if arguments.max_steps > 0 or steps >= ENOUGH or epochs <= arguments.num_train_epochs:
-        return ""
-    return f"; that is little: --num_train_epochs {epochs} makes {epochs * an_epoch}"
+    few = steps < ENOUGH and arguments.max_steps <= 0
+    return f"; that is little: --num_train_epochs {epochs} makes {epochs * an_epoch}" * few
 
 
 def example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:

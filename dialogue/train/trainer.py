@@ -11,7 +11,6 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +49,7 @@ class DialogueTrainer(Trainer):
         super().__init__(model=model, eval_dataset=held_out.rows, **keywords)
         self.peft_model, self.tokenizer, self.held_out, self.head = model, tokenizer, held_out, head_of(model)
         self.record, self.patience, self.progress, self.signals = record, patience, progress, Signals()
-        self.openers: Sequence[str] = OPENERS
+        self.openers: tuple[str, ...] = OPENERS
         self.loss_is_scaled_for_ga = True  # over the labels of the whole accumulated batch
         self.scores: dict[int, Score] = {}  # by step
         self.best_step: int | None = None
