@@ -172,6 +172,21 @@ def test_plan_writes_nothing(random_gpt2, talk, tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_chat_is_planned_with_what_was_left_out_as_counts(random_gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    head = "[{:02}.02.20, 16:05:09] "
+    talk = ["~\u202fAnn: Hi", "Ann: \u200eimage omitted", "Ann: reach me at ann@example.org", "Bo: Ho {}"]
+    lines = [head + one for one in talk]
+    (tmp_path / "_chat.txt").write_text("\n".join(line.format(day, day) for day in range(1, 29) for line in lines))
+    flags = ["--base_model", str(random_gpt2), "--dataset", "_chat.txt", "--max_length", "64", "--plan"]
+    assert exit_code(lambda: script.main(flags)) == 2
+    assert "give --bot NAME, of: Ann (84), Bo (28)" in capsys.readouterr().err
+    script.main([*flags, "--bot", "Bo"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "lines with an e-mail address left out: 28" in printed and "example.org" not in printed
+    assert "figures on so few validation dialogues (2) are rough" in printed and "--num_train_epochs" in printed
+
+
 def test_in_8_bit_on_a_cpu(random_gpt2, talk, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script.main(

@@ -188,9 +188,9 @@ def _named(lines: list[str]) -> list[list[Message]]:
 def _json_chats(value: Any) -> list[dict[str, Any]]:
     """The chats in a document of Telegram (one, or all) or of DiscordChatExporter; none where it is another one."""
     match value:
-        case {"messages": [{"type": _, "date": _, "from_id": _} | {"type": _, "date": _, "actor": _}, *_]}:
+        case {"type": _, "id": _, "messages": [{"type": _, "date": _}, *_]}:
             return [value]
-        case {"messages": [{"type": _, "timestamp": _, "author": _}, *_]}:
+        case {"guild": _, "channel": _, "messages": [{"type": _, "timestamp": _}, *_]}:
             return [value]
         case {"chats": {"list": [*chats]}}:
             chats += value.get("left_chats", {}).get("list", [])
