@@ -237,6 +237,14 @@ def test_private_lines_are_left_out_and_counted_but_never_shown(tmp_path, line, 
     assert line not in " ".join(notes)
 
 
+@pytest.mark.parametrize("sign", ["a", "a.", "7", "•", " ", "/", "https://a", "<", ":", "@"])
+def test_a_line_without_end_takes_no_time(tmp_path, sign):
+    """Patterns that begin anywhere and run on would take minutes for the longest message that WhatsApp lets through."""
+    text = sign * (65_536 // len(sign))
+    found = read(write(tmp_path, "a.txt", f"1.2.20, 16:05 - Ann: x {text} x\n1.2.20, 16:06 - Bo: Ho\n"))[0]
+    assert found == [[f"x {text} x", "Ho"]]
+
+
 def test_what_nobody_said_is_counted(tmp_path):
     lines = ["Messages and calls are end-to-end encrypted.", "Ann: Hi", "Ann: <Media omitted>", "Ann: null", "Bo: Ho"]
     text = "".join(f"1.2.20, 16:05 - {line}\n" for line in lines)

@@ -34,7 +34,7 @@ NAMED = re.compile(r"([^\s:][^:]{0,39}):\s+(?=\S)")  # in plain lines
 
 # What WhatsApp wrote: after U+200E, or that an edit was made; and a message that tells of a file or a call, in the
 # brackets of Android, by the name of the file, or in words, since the mark gets lost on the way through an editor.
-OWN = re.compile(r"(?:.*•\s*)?\u200e.*|\s*<[^<>]*(?:edited|bearbeitet|edit[aó]|modifi|bewerkt|изменен)[^<>]*>$", re.M)
+OWN = re.compile(r"(?:^.*•\s*)?\u200e.*| ?<[^<>]*(?:edited|bearbeitet|edit[aó]|modifi|bewerkt|изменен)[^<>]*>$", re.M)
 MARKER = re.compile(
     r"<[^<>]{3,}>|.+\.(?:jpe?g|png|webp|gif|mp4|3gp|opus|ogg|m4a|mp3|aac|pdf|docx?|xlsx?|pptx?|zip|vcf|txt) \([^()]+\)"
     r"|(?:\w+ ){1,2}(?:omitted|weggelassen|omise?|absente?|omess[oa]|omitid[oa]|ocultad[oa]|weggelaten|edilmedi)|null"
@@ -50,8 +50,8 @@ DATE = re.compile(r"(?<![\d./-])(?:\d{1,2}|\d{4})([./-])\d{1,2}\1(?:\d{4}|\d\d)(
 PHONE = re.compile(r"(?<!\w)[+(]?\d(?:[\s()./\u2010-\u2013-]{0,3}\d){6,14}(?!\w)")
 CARD = re.compile(r"(?<!\d)\d(?:[ -]?\d){12,18}(?!\d)")
 LINK = re.compile(
-    r"(?:\b[a-z][\w+.-]*://|www\.)\S*?(?:[?&#;/][\w-]*(?:token|key|auth|secret|sig|pass|pwd|code|session|invite)[\w-]*="
-    r"|(?<=//)[^/\s@]+@|[?&/=#](?=[\w-]*\d)(?=[\w-]*[a-z])[\w-]{20,})",
+    r"(?:(?<![\w+.-])[a-z][\w+.-]*://|www\.)(?:(?!://)\S)*?(?:[?&/=#](?=[\w-]*\d)(?=[\w-]*[a-z])[\w-]{20,}|(?<=//)[^/\s@]+@"
+    r"|[?&#;/][\w-]*(?:token|key|auth|secret|sig|pass|pwd|code|session|invite)[\w-]*=)",
     re.IGNORECASE,
 )
 
@@ -71,7 +71,7 @@ def _is_phone(number: str) -> bool:
 
 
 PRIVATE: dict[str, Callable[[str], Any]] = {
-    "a link with a token": LINK.search, "an e-mail address": re.compile(r"[\w.+-]+@[\w-]+\.\w").search,
+    "a link with a token": LINK.search, "an e-mail address": re.compile(r"(?<![\w.+-])[\w.+-]+@[\w-]+\.\w").search,
     "a card number": lambda line: any(map(_is_card, CARD.findall(line))),
     "a phone number": lambda line: any(map(_is_phone, PHONE.findall(DATE.sub("", line)))),
 }  # fmt: skip
