@@ -146,7 +146,7 @@ def test_telegrams_json_is_read_back(tmp_path, talks, start, order):
         for who, moment, text in messages:
             cut = order.randrange(len(text))
             parts = [text[:cut], {"type": "link", "text": text[cut:]}] if order.choice((0, 1)) else text
-            about = {"type": "message", "date": moment.isoformat(), "from": who, "from_id": "user1"}
+            about = {"type": "message", "date": moment.isoformat(), "from": who, "from_id": "user1", "author": "me"}
             said.append({"id": len(said), **about, "text": parts})
             said += [{"id": 0, **about, "photo": "(File not included)", "text": ""}] * order.choice((0, 0, 1))
             said += [{"id": 0, **about, "forwarded_from": "News", "text": "Read all"}] * order.choice((0, 0, 1))
@@ -246,9 +246,11 @@ def test_a_line_without_end_takes_no_time(tmp_path, sign):
 
 
 def test_what_nobody_said_is_counted(tmp_path):
-    lines = ["Messages and calls are end-to-end encrypted.", "Ann: Hi", "Ann: <Media omitted>", "Ann: null", "Bo: Ho"]
-    text = "".join(f"1.2.20, 16:05 - {line}\n" for line in lines)
-    left_out = read(write(tmp_path, "a.txt", text))[1]
+    lines = ["Messages and calls are end-to-end encrypted.", "Us: \u200eAnn joined", "Ann: Hi", "Ann: null", "Bo: Ho"]
+    path = write(tmp_path, "a.txt", "".join(f"1.2.20, 16:05 - {line}\n" for line in lines))
+    left_out = read(path)[1]
+    with pytest.raises(UserError, match=r"of: Ann \(1\), Bo \(1\)$"):
+        read(path, bot=None)
     assert left_out == {"system messages left out": 1, "media, calls, deleted and forwarded messages left out": 2}
 
 

@@ -101,8 +101,9 @@ def to_conversations(chats: list[list[Message]], silence: float, left_out: Count
             left_out[MEDIA] += not text.strip()
             reasons = [next((what for what, finds in PRIVATE.items() if finds(line)), "") for line in text.split("\n")]
             left_out.update(f"lines with {what} left out" for what in reasons if what)
-            kept = [line for line, what in zip(text.split("\n"), reasons, strict=True) if not what]
-            found[-1].messages.append(Said(who, "\n".join(kept)))
+            said = "\n".join(line for line, what in zip(text.split("\n"), reasons, strict=True) if not what).strip()
+            if said:
+                found[-1].messages.append(Said(who, said))
     return found
 
 
@@ -205,7 +206,7 @@ def _of_json(messages: list[dict[str, Any]]) -> list[Message]:
     """
     found = []
     for one in messages:
-        author = one.get("author") or {"name": one.get("from") or one.get("from_id")}
+        author = one["author"] if "timestamp" in one else {"name": one.get("from") or one.get("from_id")}
         date = datetime.datetime.fromisoformat(re.sub(r"\.\d+|Z$", "", one.get("timestamp") or one["date"]))
         minute = date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() / 60
         parts = "" if "forwarded_from" in one else one.get("content", one.get("text", ""))
