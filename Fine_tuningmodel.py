@@ -35,6 +35,8 @@ dataset = "dailydialog"  # or "chitchat", or a file or folder of dialogues
 max_train_dialogues = None  # train on the first so many; None: on all
 max_length = 512  # tokens a row; dialogues are packed into rows, longer ones are cut between turns
 learn = "both"  # whose turns carry loss: "bot", or "both" (either speaker is a person talking)
+bot = None  # whose turns are the bot's, by name: a chat has no roles; the loss is then that one's, but for --learn both
+silence = 60  # minutes without a message that part two conversations of a chat
 adapter_dir = "gpt2-dialogue-lora"  # the adapters, with the report of the run
 merged_dir = "gpt2-dialogue-full"  # the merged model that main.py chats with
 early_stopping_patience = 2  # stop after so many evaluations in a row without a better one; 0: never
@@ -101,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
     run = options.resolve(
         argv, presets, lora_config, quant_config, training_args,
         base_model=base_model, dataset=dataset, max_train_dialogues=max_train_dialogues, max_length=max_length,
-        learn=learn, adapter_dir=adapter_dir, merged_dir=merged_dir, early_stopping_patience=early_stopping_patience,
+        learn=learn, bot=bot, silence=silence, adapter_dir=adapter_dir, merged_dir=merged_dir,
+        early_stopping_patience=early_stopping_patience,
     )  # fmt: skip
     if run.arguments.push_to_hub and not run.plan_only:
         hub.check_login(run.arguments.hub_token)
@@ -117,7 +120,7 @@ def fine_tune(run: options.Run) -> None:
     transformers.set_seed(run.arguments.seed)
 
     # Dialogues -> rows of token ids
-    dialogues = corpus.without_leaks(sources.load_corpus(run.dataset))
+    dialogues = corpus.without_leaks(sources.load_corpus(run.dataset, run.bot, run.silence))
     tokenizer = models.load_tokenizer(run.base_model)
     add_roles(tokenizer)  # <USER>, <BOT>, <END>
     prepared = rows.prepare(dialogues, tokenizer, run)

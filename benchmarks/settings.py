@@ -67,7 +67,7 @@ def train(change: dict[str, Any], dialogues: int, folder: str) -> tuple[Any, Any
          "--save_strategy", "no", "--eval_strategy", "no", *change.get("flags", [])],
         script.presets, script.lora_config, script.quant_config, script.training_args,
         **{name: getattr(script, name) for name in ("base_model", "dataset", "max_train_dialogues", "max_length",
-           "learn", "adapter_dir", "merged_dir", "early_stopping_patience")},
+           "learn", "bot", "silence", "adapter_dir", "merged_dir", "early_stopping_patience")},
     )  # fmt: skip
     run = dataclasses.replace(run, lora=dataclasses.replace(run.lora, **change.get("lora", {})))
     transformers.set_seed(run.arguments.seed)

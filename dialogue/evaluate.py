@@ -10,7 +10,7 @@ What each figure means stands in docs/evaluation.md.
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,15 @@ from transformers import PreTrainedTokenizerBase
 from dialogue import machine, models
 from dialogue.chat.batch import CHAT, answer
 from dialogue.data import packing
-from dialogue.data.corpus import Dialogues, fold, without_leaks, without_overlap
-from dialogue.data.sources import load_corpus
+from dialogue.data.corpus import Dialogues, fold, own_openers, without_leaks, without_overlap
+from dialogue.data.exports import SILENCE
+from dialogue.data.sources import KNOWN, load_corpus
 from dialogue.errors import Parser, UserError, exit_code
 from dialogue.measure import listening, merge
 from dialogue.measure.likelihood import Estimate, Score, bootstrap, score_each
 from dialogue.measure.listening import Lent
 from dialogue.measure.replies import OPENERS, find_contexts, measure
+from dialogue.plaintext import plain
 from dialogue.storage import RUN_FILE, read_json, write_json
 
 MAX_LENGTH = 1024  # tokens; longer dialogues are cut between turns
@@ -44,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--model", default="gpt2-dialogue-full", metavar="DIR", help="merged model or adapters (default: %(default)s)")
     add("--base", metavar="NAME", help="the untuned model beside it (default: what it was trained from)")
     add("--dataset", metavar="SOURCE", help="as for Fine_tuningmodel.py (default: what it was trained on)")
+    add("--bot", metavar="NAME", help="as for Fine_tuningmodel.py (default: as it was trained, on the same data)")
     add("--split", choices=["validation", "test"], default="test")
     add("--max_dialogues", type=_from_one, metavar="N", help="the first N of the split only")
     add("--contexts", type=_from_one, default=100, metavar="N", help="contexts to reply to (default: %(default)s)")
@@ -64,13 +67,16 @@ def main(argv: list[str] | None = None) -> None:
     flags.base = flags.base or run.get("base_model")
     tokenizer = models.dialogue_tokenizer(flags.model)
     loaders = _loaders(flags.model, flags.base, tokenizer, flags.max_t)
-    if flags.compare:
-        compare(console, loaders, tokenizer, flags.max_t, flags.seed)
-        return
     dataset = flags.dataset or run.get("dataset")
+    bot = flags.bot or (None if flags.dataset else run.get("bot"))
+    reading = (bot, run.get("silence") or SILENCE)
+    if flags.compare:
+        own = () if dataset in (None, *KNOWN) else own_openers(load_corpus(dataset, *reading), len(OPENERS))
+        compare(loaders, tokenizer, own or OPENERS, flags.max_t, flags.seed)
+        return
     if not dataset:
         raise UserError(f"{flags.model} does not say what it was trained on: give --dataset")
-    talk = load_corpus(dataset)
+    talk = load_corpus(dataset, *reading)
     split: Dialogues = getattr(talk, flags.split)[: flags.max_dialogues]
     if not split:
         raise UserError(f"{talk.source} has no {flags.split} dialogues")
@@ -124,16 +130,16 @@ def likelihood(
     }
 
 
-def compare(console: Console, loaders: Lent, tokenizer: PreTrainedTokenizerBase, max_t: int, seed: int) -> None:
+def compare(loaders: Lent, tokenizer: PreTrainedTokenizerBase, openers: Sequence[str], max_t: int, seed: int) -> None:
     """Both models' replies to the openers in a table, with the same seed."""
     columns = []
     for load in loaders.values():
         with load() as model:
-            columns.append(answer(model, tokenizer, [[opener] for opener in OPENERS], max_t=max_t, seed=seed))
-    table = Table("opener", *loaders, title=f"The same {len(OPENERS)} openers, seed {seed}", show_lines=True)
-    for opener, *said in zip(OPENERS, *columns, strict=True):
-        table.add_row(opener, *(reply.text.replace("[", "\\[") for reply in said))
-    console.print(table)
+            columns.append(answer(model, tokenizer, [[opener] for opener in openers], max_t=max_t, seed=seed))
+    table = Table("opener", *loaders, title=f"The same {len(openers)} openers, seed {seed}", show_lines=True)
+    for opener, *said in zip(openers, *columns, strict=True):
+        table.add_row(*(plain(text).replace("[", "\\[") for text in (opener, *(reply.text for reply in said))))
+    Console().print(table)
 
 
 def show(console: Console, results: Results, title: str) -> None:

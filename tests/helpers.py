@@ -11,8 +11,8 @@ from dialogue.train.trainer import Trained, train
 
 def run_of(*flags, arguments=None, lora=None, quant=None):
     """What `Fine_tuningmodel.py` makes of flags, with edited values in place of its own."""
-    names = ("base_model", "dataset", "max_train_dialogues", "max_length", "learn", "adapter_dir", "merged_dir",
-             "early_stopping_patience")  # fmt: skip
+    names = ("base_model", "dataset", "max_train_dialogues", "max_length", "learn", "bot", "silence", "adapter_dir",
+             "merged_dir", "early_stopping_patience")  # fmt: skip
     return options.resolve(
         list(flags), script.presets, lora or script.lora_config, quant or script.quant_config,
         arguments or script.training_args, **{name: getattr(script, name) for name in names},

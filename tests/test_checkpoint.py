@@ -15,6 +15,8 @@ from helpers import run_of
 
 import Fine_tuningmodel as script
 from dialogue import storage
+from dialogue.data.corpus import own_openers
+from dialogue.data.sources import load_corpus
 from dialogue.errors import UserError, exit_code
 from dialogue.measure import merge
 from dialogue.measure.likelihood import HeldOut
@@ -135,7 +137,8 @@ def test_sample_replies_are_shown_and_change_nothing(source, whole, tmp_path, mo
         patch.setattr("dialogue.machine.pick_dtype", lambda *_: torch.float32)
         assert run(source, tmp_path, "--overwrite", "--max_steps", "3") == 0
     said = capsys.readouterr().err
-    assert all(f"you> {opener}\n  bot> " in said for opener in trainer.OPENERS)
+    openers = own_openers(load_corpus(source[3]), 2)
+    assert len(openers) == 2 and all(f"you> {opener}\n  bot> " in said for opener in openers), "of the validation split"
 
 
 def test_a_killed_merge_is_finished_without_training_again(source, whole, tmp_path, monkeypatch, capsys):

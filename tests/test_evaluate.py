@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -455,6 +456,21 @@ def test_compare_shows_both_models_and_the_same_model_twice_is_refused(tuned, ca
     assert all(heading in printed for heading in ("opener", "base", "tuned", OPENERS[0]))
     with pytest.raises(UserError, match="nothing would differ"):
         evaluate.main(["--model", str(tuned), "--base", str(tuned), "--compare", "--max_t", "3"])
+
+
+def test_compare_asks_first_messages_of_own_validation_read_as_the_run_read_them(tuned, tmp_path, capsys):
+    chat = "".join(f"{day:02}.02.20, 16:05 - Ann: {day} [/b]\n{day:02}.02.20, 16:06 - Bo: ok\n" for day in range(1, 29))
+    (tmp_path / "chat.txt").write_text(chat)
+    shutil.copytree(tuned, tmp_path / "tuned")
+    run = json.loads((tuned / "run.json").read_text())
+    run["settings"] |= {"dataset": str(tmp_path / "chat.txt"), "bot": "Bo", "silence": 30}
+    (tmp_path / "tuned" / "run.json").write_text(json.dumps(run))
+    evaluate.main(["--model", str(tmp_path / "tuned"), "--compare", "--max_t", "3"])
+    printed = capsys.readouterr().out
+    openers = {turns[0] for turns in load_corpus(str(tmp_path / "chat.txt"), "Bo").validation}
+    assert openers and all(opener in printed for opener in openers) and OPENERS[0] not in printed
+    with pytest.raises(UserError, match="give --bot"):
+        evaluate.main(["--model", str(tuned), "--dataset", str(tmp_path / "chat.txt"), "--compare"])
 
 
 @pytest.mark.parametrize(

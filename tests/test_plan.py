@@ -22,7 +22,7 @@ from dialogue.data.packing import encode, pack
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import hold_out
 from dialogue.prompt import add_roles
-from dialogue.train import plan, speedups
+from dialogue.train import plan, show, speedups
 from dialogue.train.lora import attach
 
 DIALOGUES = [["Hello you", f"I am number {n}."] for n in range(12)]
@@ -87,6 +87,21 @@ def test_a_setting_that_cannot_be_obeyed_is_refused_in_a_line(changes, said):
             quant=BitsAndBytesConfig(**changes.get("quant", {"load_in_8bit": True})),
         )
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "advice"),
+    [
+        (40, {"num_train_epochs": 1}, "; that is little: --num_train_epochs 6 makes 30"),
+        (32, {"num_train_epochs": 2}, "; that is little: --num_train_epochs 8 makes 32"),
+        (32, {"num_train_epochs": 8}, ""),
+        (400, {"num_train_epochs": 1}, ""),
+        (40, {"max_steps": 4}, ""),  # asked for, or what a budget allows
+    ],
+)
+def test_the_plan_says_when_so_few_rows_make_too_few_steps(rows, given, advice, tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path), per_device_train_batch_size=8, **given)
+    assert show.more_epochs(rows, plan.count_steps(rows, arguments), arguments) == advice
 
 
 def test_a_preset_changes_lora_in_one_place():

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
 import Fine_tuningmodel as script
-from dialogue.data.sources import DAILYDIALOG_LICENCE
+from dialogue.data.corpus import own_openers
+from dialogue.data.sources import DAILYDIALOG_LICENCE, load_corpus
 from dialogue.errors import UserError, exit_code
-from dialogue.measure.replies import CONVERSATIONS
 from dialogue.measure.report import write_card
 from dialogue.models import STARTER, load_base
 
@@ -113,8 +113,9 @@ def test_both_cards_are_ones_that_a_hub_reads_and_show_the_model_talking(run):
         assert card.data.base_model is None, "a local folder is no model of the hub"
         assert {"dialogue", "lora"} <= set(card.data.tags)
         assert card.data.license == "other"  # nobody said what the data's is
-        for messages in CONVERSATIONS:
-            assert all(f"| {message} |" in card.text for message in messages)
+        assert card.data.language is None, "nobody said what the data's is"
+        for opener in own_openers(load_corpus(run[2][3]), 8):
+            assert f"| {opener} |" in card.text
         assert "| before | after |" in card.text
     assert "| people | defaults | fitted |" in card.text
     assert "curves.png" in ModelCard.load(run[0] / "README.md").text
@@ -130,7 +131,7 @@ def test_the_front_matter_names_base_data_and_the_stricter_licence(tmp_path):
     metrics = {f"{who}eval_{name}": 1.0 for name in names for who in ("", "base_")}
     write_card(tmp_path, run, metrics)
     data = ModelCard.load(tmp_path / "README.md").data
-    assert (data.base_model, data.license) == ("gpt2-xl", "cc-by-nc-sa-4.0")
+    assert (data.base_model, data.license, data.language) == ("gpt2-xl", "cc-by-nc-sa-4.0", "en")
     assert data.datasets == ["li2017dailydialog/daily_dialog"]
     write_card(tmp_path, {**run, "facts": facts | {"base model": STARTER, "licence of the data": "MIT"}}, metrics)
     data = ModelCard.load(tmp_path / "README.md").data
@@ -169,6 +170,21 @@ def test_plan_writes_nothing(random_gpt2, talk, tmp_path, monkeypatch, capsys):
     for word in ("base model", "device", "precision", "trainable", "tokens", "steps", "memory", "time"):
         assert word in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_chat_is_planned_with_what_was_left_out_as_counts(random_gpt2, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    head = "[{:02}.02.20, 16:05:09] "
+    talk = ["~\u202fAnn: Hi", "Ann: \u200eimage omitted", "Ann: reach me at ann@example.org", "Bo: Ho {}"]
+    lines = [head + one for one in talk]
+    (tmp_path / "_chat.txt").write_text("\n".join(line.format(day, day) for day in range(1, 29) for line in lines))
+    flags = ["--base_model", str(random_gpt2), "--dataset", "_chat.txt", "--max_length", "64", "--plan"]
+    assert exit_code(lambda: script.main(flags)) == 2
+    assert "give --bot NAME, of: Ann (28), Bo (28)" in capsys.readouterr().err
+    script.main([*flags, "--bot", "Bo"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "lines with an e-mail address left out: 28" in printed and "example.org" not in printed
+    assert "figures on so few validation dialogues (2) are rough" in printed and "--num_train_epochs" in printed
 
 
 def test_in_8_bit_on_a_cpu(random_gpt2, talk, tmp_path, monkeypatch):

@@ -42,6 +42,12 @@ class Corpus(NamedTuple):
     notes: list[str]
 
 
+def own_openers(corpus: Corpus, count: int) -> tuple[str, ...]:
+    """Different first messages of the validation split, short ones. None of known data, which has English openers."""
+    found = dict.fromkeys(" ".join(turns[0].split()) for turns in corpus.validation if 0 < len(turns[0]) <= 200)
+    return () if corpus.licence else tuple(found)[:count]
+
+
 def fold(text: str) -> str:
     """Words without case and punctuation: "Hi, I 'm Bob." -> "hi i m bob"."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dialogue.data import exports
 from dialogue.errors import UserError, in_a_line
 
 LARGEST = 1 << 30  # bytes of one file, unpacked: text takes some four times as much while it is read
@@ -129,12 +130,15 @@ def read_records(data: bytes, name: str, choose: Callable[[list[str]], list[str]
         yield from _parquet(data, name, choose)
         return
     text = _text(data, name)
+    is_json = suffix in (".json", ".jsonl", ".ndjson") or text.lstrip()[:1] in ("{", "[")
+    lines = enumerate(text.split("\n"), 1)
     if suffix in (".csv", ".tsv"):
         yield from _table(text, name)
-    elif suffix in (".json", ".jsonl", ".ndjson") or text.lstrip()[:1] in ("{", "["):
+    elif exports.is_chat(text, or_named=not is_json and EOU not in text):
+        yield from (Record(f"{name}:{number}", line) for number, line in lines)
+    elif is_json:
         yield from _json(text, name)
     elif EOU in text:  # DailyDialog's release: one dialogue a line
-        lines = enumerate(text.split("\n"), 1)
         yield from (Record(f"{name}:{number}", line.split(EOU)) for number, line in lines if line.strip())
     else:
         raise NoDialogues(f"{name}: unknown kind of file; known are {', '.join(SUFFIXES)}, with dialogues in them")

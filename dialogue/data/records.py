@@ -9,7 +9,7 @@ import tokenize
 from collections import Counter
 from typing import Any
 
-from dialogue.data import speakers
+from dialogue.data import exports, speakers
 from dialogue.data.readers import EOU, SHAPE, Record
 from dialogue.data.speakers import LEARNED, ROLES, SPEAKER, TEXTS, Conversation, Said, is_learned, own_split, plain_name
 from dialogue.data.tables import BOT_FLAGS, DIALOGUE, ORDER, TIME, from_rows
@@ -24,18 +24,24 @@ RESPONSES = ("response", "output", "completion", "answer", "assistant", "bot")
 
 
 def to_dialogues(
-    records: list[Record], name: str, left_out: Counter[str], notes: list[str]
-) -> list[tuple[list[str], str | None]]:
+    records: list[Record], name: str, left_out: Counter[str], notes: list[str], bot: str | None = None,
+    silence: float = exports.SILENCE,
+) -> list[tuple[list[str], str | None]]:  # fmt: skip
     """All records of one file -> dialogues, each with the split that its record names. Raises UserError.
 
-    `left_out` counts what is dropped, by reason; `notes` is told how the file was read.
+    `left_out` counts what is dropped, by reason; `notes` is told how the file was read. `bot` is the name of the one
+    whose turns are the bot's; `silence`, in minutes, parts the conversations of a chat.
     """
     first = records[0].value if records else None
-    if isinstance(first, dict) and not _find_list(first) and not _find_pair(first):
+    chats = exports.find_chats([record.value for record in records], name, notes)
+    if chats:
+        conversations = exports.to_conversations(chats, silence, left_out)
+    elif isinstance(first, dict) and not _find_list(first) and not _find_pair(first):
         conversations = from_rows(records, name, notes)
     else:
         conversations = [found for found in (_from_record(record, left_out) for record in records) if found]
-    parts = speakers.find_parts(conversations, notes)
+    named = speakers.parts_beside(bot, conversations, name, notes) if bot or chats else {}
+    parts = named or speakers.find_parts(conversations, notes)
     dialogues = [(speakers.alternate(one.messages, parts, left_out), one.split) for one in conversations]
     return [(turns, split) for turns, split in dialogues if turns]
 

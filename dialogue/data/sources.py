@@ -2,6 +2,7 @@
 
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 from dialogue import hub, wheels
 from dialogue.data.cleaning import clean, looks_tokenised
 from dialogue.data.corpus import FEW, SPLITS, Corpus, Dialogues, counted, hold_out, split_by_name, split_of
+from dialogue.data.exports import SILENCE
 from dialogue.data.readers import EOU, SUFFIXES, NoDialogues, Parts, Record, faults_named, read_records, shown, walk
 from dialogue.data.records import to_dialogues, wanted_columns
 from dialogue.errors import UserError, in_a_line
@@ -30,35 +32,39 @@ SOURCES = [
     ("OpenRL/daily_dialog", "refs/convert/parquet", "default/{split}/0000.parquet"),
     ("roskoN/dailydialog", "main", "{split}.zip"),
 ]
+KNOWN = ("dailydialog", "chitchat")  # data sets by name; English
 EPISODE = 8  # turns of a chitchat dialogue: four messages and their replies
 EPISODE_WORDS = 20  # of a turn, at most: whoever learns from longer ones rambles, and then repeats himself
 
 
-def load_corpus(dataset: str) -> Corpus:
+def load_corpus(dataset: str, bot: str | None = None, silence: float = SILENCE) -> Corpus:
     """Load "dailydialog", "chitchat", the path of a file or folder, or OWNER/NAME of the hub.
 
     A folder in the working directory that happens to be called "dailydialog" is not taken for the dataset: that one is
-    "./dailydialog". Raises UserError, one line, for anything that cannot be read or holds no dialogue.
+    "./dailydialog". `bot` and `silence` are for chats: `to_dialogues` says what they are. Raises UserError, one line,
+    for anything that cannot be read or holds no dialogue.
     """
     left_out: Counter[str] = Counter()
     notes: list[str] = []
-    if dataset == "dailydialog":
-        return _dailydialog()
-    if dataset == "chitchat":
-        return _chitchat()
+    if bot and dataset in KNOWN:
+        raise UserError(f"--bot {bot} names a speaker of your own chats, and {dataset} has no names: leave it out")
+    if dataset in KNOWN:
+        return _chitchat() if dataset == "chitchat" else _dailydialog()
     # os.path and not Path: a name too long, or a folder that may not be entered, is False there and no exception.
     path = os.path.expanduser(dataset)
     if dataset and os.path.exists(path):
-        files, released = read_path(Path(path), left_out, notes)
+        files, released = read_path(Path(path), left_out, notes, bot, silence)
         return _gather(files, shown(path), released, left_out, notes)
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not dataset.lower().endswith(SUFFIXES):
         released = "dailydialog" in re.sub(r"[\W_]", "", dataset.lower())
-        return _gather(_from_hub(dataset, left_out, notes), dataset, released, left_out, notes)
+        return _gather(_from_hub(dataset, left_out, notes, bot), dataset, released, left_out, notes)
     choices = "choose dailydialog, chitchat, the path of a file or folder, or OWNER/NAME of the hub"
     raise UserError(f"dataset {shown(path)!r} does not exist: {choices}")
 
 
-def read_path(path: Path, left_out: Counter[str], notes: list[str]) -> tuple[Files, bool]:
+def read_path(
+    path: Path, left_out: Counter[str], notes: list[str], bot: str | None = None, silence: float = SILENCE
+) -> tuple[Files, bool]:
     """All dialogues at `path`, and whether they have the separators of DailyDialog's release.
 
     What holds no dialogues in a folder or an archive is passed over, and named in the notes.
@@ -71,7 +77,7 @@ def read_path(path: Path, left_out: Counter[str], notes: list[str]) -> tuple[Fil
         try:
             with faults_named(name):
                 records = list(read_records(data, name, wanted_columns))
-                files[parts] = to_dialogues(records, name, left_out, notes)
+                files[parts] = to_dialogues(records, name, left_out, notes, bot, silence)
         except NoDialogues:
             if not parts:
                 raise
@@ -106,9 +112,8 @@ def _gather(files: Files, source: str, released: bool, left_out: Counter[str], n
     splits = _splits_by_name(list(files))
     for parts, dialogues in files.items():
         split = splits[parts]
-        is_test = parts in whole or (
-            split == "train" and split_by_name("/".join((Path(source).name, *parts))) == "test"
-        )
+        named = split_by_name("/".join((Path(source).name, *parts)))
+        is_test = parts in whole or (split, named) == ("train", "test")
         if is_test and (tokenised or (released and len(dialogues) >= DAILYDIALOG_SIZES["test"])):
             raise UserError(f"{source} holds DailyDialog's test split, never trained on: give its train.zip as well")
         origin[split].append("/".join(parts))
@@ -150,7 +155,7 @@ def _splits_by_name(files: list[Parts]) -> dict[Parts, str]:
     return splits
 
 
-def _from_hub(name: str, left_out: Counter[str], notes: list[str]) -> Files:
+def _from_hub(name: str, left_out: Counter[str], notes: list[str], bot: str | None) -> Files:
     """A dataset of the hub, from its data files: `datasets` 4 and later run no code of a repository."""
     import datasets
 
@@ -163,7 +168,7 @@ def _from_hub(name: str, left_out: Counter[str], notes: list[str]) -> Files:
     for split, rows in loaded.items():
         rows = rows.select_columns(wanted_columns(rows.column_names))
         records = [Record(f"{name}, {split} {number}", row) for number, row in enumerate(rows, 1)]
-        files[(str(split),)] = to_dialogues(records, f"{name}/{split}", left_out, notes)
+        files[(str(split),)] = to_dialogues(records, f"{name}/{split}", left_out, notes, bot)
     return files
 
 
@@ -231,19 +236,9 @@ def _chitchat() -> Corpus:
 
 def _chat_turns(groups: list[list[dict[str, Any]]]) -> list[str]:
     """Groups of messages of one sender -> turns, each on one line, since a terminal shows one reply."""
-    turns: list[str] = []
-    last = None
-    for group in groups:
-        text = _one_line(" ".join(html.unescape(message["text"]).split()) for message in group)
-        if not text:
-            continue
-        sender = group[0]["sender"]
-        if sender == last:
-            turns[-1] = _one_line([turns[-1], text])
-        else:
-            turns.append(text)
-        last = sender
-    return turns
+    messages = [(group[0]["sender"], message["text"]) for group in groups for message in group]
+    said = [(sender, text) for sender, raw in messages if (text := " ".join(html.unescape(raw).split()))]
+    return [_one_line(text for _, text in turn) for _, turn in itertools.groupby(said, lambda one: one[0])]
 
 
 def _one_line(messages: Iterable[str]) -> str:

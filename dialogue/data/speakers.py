@@ -91,6 +91,18 @@ def find_parts(conversations: list[Conversation], notes: list[str]) -> dict[str,
     return parts
 
 
+def parts_beside(bot: str | None, conversations: list[Conversation], where: str, notes: list[str]) -> dict[str, str]:
+    """The part of each speaker where `bot` is the bot. Raises UserError, with the names there are, if nobody is."""
+    counts = Counter(message.who for one in conversations for message in one.messages if message.who is not None)
+    if bot not in counts:
+        problem = f"nobody is called {bot!r}" if bot else "nothing says whose turns are the bot's"
+        listed = [f"{' '.join(name.split())[:40]} ({count:,})" for name, count in counts.most_common(20)]
+        raise UserError(f"{where}: {problem}; give --bot NAME, of: {', '.join(listed) or 'no names, so leave it out'}")
+    notes.append(f"{bot} is the bot, and whoever spoke before the person")
+    apart = {name: ROLES.get(name.casefold(), "user") for name in counts}
+    return {name: "assistant" if name == bot else apart[name].replace("assistant", "user") for name in counts}
+
+
 def alternate(messages: list[Said], parts: dict[str, str], left_out: Counter[str]) -> list[str]:
     """Messages -> turns of the person and the bot in turn: neighbours of one speaker are joined by a newline.
 
@@ -121,12 +133,8 @@ def alternate(messages: list[Said], parts: dict[str, str], left_out: Counter[str
     unanswered = len(turns) % 2 and any(str(message.who).casefold() in ROLES for message in messages)
     left_out[UNANSWERED] += bool(unanswered)
     turns = turns[: len(turns) - bool(unanswered)]
-    for reason, applies in (
-        (CROWDED, len(local) > 2),
-        (TOO_LONG, any(len(turn) > LONGEST_TURN for turn in turns)),
-        (ONE_TURN, sum(map(bool, turns)) < 2),
-    ):
-        if applies:
-            left_out[reason] += 1
-            return []
-    return turns
+    too_long = any(len(turn) > LONGEST_TURN for turn in turns)
+    faults = {CROWDED: len(local) > 2, TOO_LONG: too_long, ONE_TURN: sum(map(bool, turns)) < 2}
+    reasons = [reason for reason, applies in faults.items() if applies]
+    left_out.update(reasons[:1])
+    return [] if reasons else turns

@@ -60,10 +60,11 @@ def find_contexts(
     return contexts
 
 
-def converse(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int) -> Dialogues:
-    """The model's side of `CONVERSATIONS`, all eight at once."""
-    talks: Dialogues = [[] for _ in CONVERSATIONS]
-    for messages in zip(*CONVERSATIONS, strict=True):
+def converse(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int, openers: tuple[str, ...] = ()) -> Dialogues:
+    """The model's replies to `openers`, or where there are none its side of `CONVERSATIONS`, all at once."""
+    asked = [openers] if openers else zip(*CONVERSATIONS, strict=True)
+    talks: Dialogues = [[] for _ in openers or CONVERSATIONS]
+    for messages in asked:
         talks = [[*turns, message] for turns, message in zip(talks, messages, strict=True)]
         replies = answer(model, tokenizer, talks, max_t=40, seed=seed)
         talks = [[*turns, reply.text] for turns, reply in zip(talks, replies, strict=True)]

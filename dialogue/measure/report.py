@@ -12,6 +12,7 @@ from dialogue.measure.fitting import Fitted
 from dialogue.models import STARTER, STARTER_ON_HUB
 from dialogue.storage import RUN_FILE, write_json
 
+UNKNOWN = "unknown: yours to find out"  # the licence of own data
 FIGURES = {
     "nats per token": "nats_per_token",
     "perplexity per token": "perplexity",
@@ -103,7 +104,7 @@ def _front_matter(folder: Path, facts: dict[str, Any]) -> str:
         base_model=None if Path(base).is_dir() else STARTER_ON_HUB if base == STARTER else base,
         datasets=["li2017dailydialog/daily_dialog"] if data == DAILYDIALOG_LICENCE else None,
         license=licence,
-        language="en",
+        language=None if data == UNKNOWN else "en",  # of own data nobody knows it
         library_name="peft" if adapters else "transformers",
         pipeline_tag="text-generation",
         tags=["dialogue", "conversational", "lora"],
@@ -117,7 +118,7 @@ def _conversations(talks: dict[str, Dialogues]) -> str:
         for pair in zip(*talks.values(), strict=True)
         for place, turn in enumerate(pair[0])
     ]
-    return f"## Eight conversations\n\nThe model's own replies.\n\n{markdown_table(['', *talks], rows)}\n\n"
+    return f"## Conversations\n\nThe model's own replies.\n\n{markdown_table(['', *talks], rows)}\n\n"
 
 
 def _sampler(fitted: Fitted) -> str:

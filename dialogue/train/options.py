@@ -40,6 +40,8 @@ class Run:
     max_train_dialogues: int | None
     max_length: int  # tokens a row
     learn: str  # "bot" or "both"
+    bot: str | None  # who of a chat is the bot
+    silence: int  # minutes that part two conversations of a chat
     adapter_dir: str
     merged_dir: str
     early_stopping_patience: int
@@ -87,6 +89,8 @@ def resolve(
     preset = presets[flags.preset]
     chosen = {name: preset.get(name, value) for name, value in values.items()}
     chosen |= {name: getattr(flags, name) for name in values if getattr(flags, name) is not None}
+    if chosen["bot"] and not flags.learn:
+        chosen["learn"] = "bot"  # the others of a chat are other people
     on_cpu = {"use_cpu": machine.pick_device().type == "cpu"}  # several processes then talk through gloo
     arguments = override(arguments, on_cpu | preset.get("training", {}) | fields)
     lora = dataclasses.replace(lora, **preset.get("lora", {}))
@@ -142,13 +146,11 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     value that does not exist.
     """
     parser = Parser(
-        prog="Fine_tuningmodel.py",
+        prog="Fine_tuningmodel.py", epilog=EPILOGUE, allow_abbrev=False,
         description="Fine-tune a language model on dialogues with LoRA, then merge it. "
         "Without flags, the values at the top of the script are used.",
-        epilog=EPILOGUE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    )  # fmt: skip
     add = parser.add_argument
     add("--preset", default="xl", metavar="NAME",
         help="xl: GPT-2-XL in 8-bit, a GPU of 8 GB or more (the default); small: GPT-2 124M, any computer; "
@@ -158,6 +160,8 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--max_train_dialogues", type=_count, metavar="N", help="train on the first N dialogues only")
     add("--max_length", type=_count, metavar="N", help="tokens a row; longer dialogues are cut between turns")
     add("--learn", choices=["bot", "both"], help="whose turns carry loss: the bot's, or both speakers'")
+    add("--bot", metavar="NAME", help="who of your chats is the bot; only that one's turns are learned, then")
+    add("--silence", type=_count, metavar="MINUTES", help="so long a silence parts two conversations of a chat")
     add("--adapter_dir", metavar="DIR", help="where the adapters go")
     add("--merged_dir", metavar="DIR", help="where the merged model goes")
     add("--load_in_8bit", choices=["auto", "yes", "no"], default="auto",
@@ -167,17 +171,10 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--keep_dropout", action="store_true", help="leave the base model's own dropout on (a frozen base needs none)")
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
-    add(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        help="go on with an unfinished run of the same settings, or start afresh (default: go on where there is one)",
-    )
-    add(
-        "--early_stopping_patience",
-        type=_count_or_0,
-        metavar="N",
-        help="stop after N evaluations in a row without a better one; 0: never",
-    )
+    add("--resume", action=argparse.BooleanOptionalAction,
+        help="go on with an unfinished run of the same settings, or start afresh (default: go on)")  # fmt: skip
+    add("--early_stopping_patience", type=_count_or_0, metavar="N",
+        help="stop after N evaluations in a row without a better one; 0: never")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")
     add("--debug", action="store_true", help="show a traceback for every error")
     own, rest = parser.parse_known_args(argv)

@@ -22,8 +22,8 @@ TRAINING_SETTINGS = (
     "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "activation_checkpointing", "seed",
 )  # fmt: skip
 CHOSEN = (
-    "base_model", "dataset", "max_train_dialogues", "max_length", "learn", "adapter_dir", "merged_dir",
-    "early_stopping_patience",
+    "base_model", "dataset", "max_train_dialogues", "max_length", "learn", "bot", "silence", "adapter_dir",
+    "merged_dir", "early_stopping_patience",
 )  # fmt: skip
 
 
@@ -39,7 +39,7 @@ def write_adapters(
     """The adapters in `folder`, with metrics, curves and a model card that has conversations before and after."""
     seed = run.arguments.seed
     with model.disable_adapter():
-        before: Dialogues = converse(model, tokenizer, seed)
+        before: Dialogues = converse(model, tokenizer, seed, plan.rows.openers)
     settings = {name: getattr(run, name) for name in CHOSEN}
     settings |= {"load_in_8bit": plan.fit.in_8bit, "r": run.lora.r, "lora_alpha": run.lora.lora_alpha}
     settings |= {name: getattr(plan.arguments, name) for name in TRAINING_SETTINGS}
@@ -50,7 +50,7 @@ def write_adapters(
             "date": f"{datetime.date.today()}",
             "base model": run.base_model,
             "data": corpus.source,
-            "licence of the data": corpus.licence or "unknown: yours to find out",
+            "licence of the data": corpus.licence or report.UNKNOWN,
             "licence of the base model": models.licence(run.base_model),
             "hardware": machine.hardware(model.device),
             "precision": precision_in_words(plan),
@@ -59,7 +59,7 @@ def write_adapters(
             "peak memory": f"{peak / 1e9:.1f} GB",
             **machine.versions(),
         },
-        "conversations": {"before": before, "after": converse(model, tokenizer, seed)},
+        "conversations": {"before": before, "after": converse(model, tokenizer, seed, plan.rows.openers)},
     }
     lora.save(model, tokenizer, folder)
     report.write_report(folder, record, metrics(trained, peak, seed), trained.history)

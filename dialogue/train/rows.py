@@ -6,13 +6,14 @@ from transformers import PreTrainedTokenizerBase
 
 from dialogue import models
 from dialogue.data import packing
-from dialogue.data.corpus import Corpus
+from dialogue.data.corpus import Corpus, own_openers
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import HeldOut, hold_out
 from dialogue.prompt import find_roles
 from dialogue.train.options import Run
 
 CERTIFIED = 100  # validation dialogues that the merge is certified with
+SHOWN = 8  # conversations of the model card
 
 
 class Rows(NamedTuple):
@@ -25,6 +26,7 @@ class Rows(NamedTuple):
     dialogues: int  # in `train`
     notes: list[str]  # what was cut or skipped
     validation: list[list[list[int]]]  # the dialogues of `held_out`
+    openers: tuple[str, ...] = ()  # what samples and model card ask, of own data
 
     def with_less_held_out(self, share: float, tokenizer: PreTrainedTokenizerBase) -> "Rows":
         """Only the first `share` of the held-out dialogues, at least one; all of them from 1 on."""
@@ -49,5 +51,5 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, run: Run) -> Row
         packing.pack(train, tokenizer, length, run.learn),
         hold_out(validation, tokenizer, length),
         [packing.to_row(piece, "bot", bot) for piece in validation[:CERTIFIED]],
-        length, len(train), notes, validation,
+        length, len(train), notes, validation, own_openers(corpus, SHOWN),
     )  # fmt: skip

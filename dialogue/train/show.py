@@ -1,5 +1,6 @@
 """What is printed before and after a training: an example, the plan, the result."""
 
+import math
 import shlex
 from typing import Any
 
@@ -7,7 +8,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue import machine
 from dialogue.data.corpus import Corpus
@@ -17,9 +18,11 @@ from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
 from dialogue.storage import read_json
 from dialogue.train.memory import Load, estimate
-from dialogue.train.options import Run
-from dialogue.train.plan import Plan
+from dialogue.train.options import Run, override
+from dialogue.train.plan import Plan, count_steps
 from dialogue.train.record import precision_in_words
+
+ENOUGH = 30  # steps; the learning rate rises and falls in fewer before much is learned
 
 
 def line(console: Console, text: str) -> None:
@@ -45,7 +48,8 @@ def plan(console: Console, plan: Plan, run: Run, corpus: Corpus, model: PeftMode
         "dialogues": "; ".join([f"{rows.dialogues:,} of {corpus.source}", *corpus.notes, *rows.notes]),
         "tokens": f"{count_tokens(rows.train):,} an epoch, in {len(rows.train):,} rows of {rows.length}"
         + "; one dialogue a row, since this base would let packed ones see each other" * (not plan.packed),
-        "steps": f"{plan.steps:,} in {epochs if arguments.max_steps > 0 else arguments.num_train_epochs:g} epochs",
+        "steps": f"{plan.steps:,} in {epochs if arguments.max_steps > 0 else arguments.num_train_epochs:g} epochs"
+        + more_epochs(len(rows.train), plan.steps, arguments),
         "batch": f"{batch}; activation checkpointing {'on' if plan.fit.checkpointing else 'off'}",
         "memory": f"{expected / 1e9:.1f} GB at the peak by arithmetic, {rehearsed.peak_bytes / 1e9:.1f} GB rehearsed; "
         f"{free / 1e9:.0f} GB are still free",
@@ -58,6 +62,14 @@ def plan(console: Console, plan: Plan, run: Run, corpus: Corpus, model: PeftMode
     for name, value in what.items():
         table.add_row(name, Text(plain(value)))
     console.print(table)
+
+
+def more_epochs(rows: int, steps: int, arguments: TrainingArguments) -> str:
+    """Advice where so few rows make so few steps that hardly anything is learned; none where steps are asked for."""
+    an_epoch = count_steps(rows, override(arguments, {"num_train_epochs": 1}))
+    epochs = math.ceil(ENOUGH / an_epoch)
+    few = steps < ENOUGH and arguments.max_steps <= 0
+    return f"; that is little: --num_train_epochs {epochs} makes {epochs * an_epoch}" * few
 
 
 def example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row) -> None:

@@ -35,7 +35,7 @@ from dialogue.train.progress import Progressed
 from dialogue.train.runs import STATE, STATE_SHAPE
 
 BEST = "best_adapter.safetensors"  # ours, beside Trainer's files
-OPENERS = ("Hello, how are you?", "What do you like to eat?")  # answered at every evaluation
+OPENERS = ("Hello, how are you?", "What do you like to eat?")  # answered at every evaluation, but for own data
 SAMPLE_TOKENS = 24
 
 
@@ -49,6 +49,7 @@ class DialogueTrainer(Trainer):
         super().__init__(model=model, eval_dataset=held_out.rows, **keywords)
         self.peft_model, self.tokenizer, self.held_out, self.head = model, tokenizer, held_out, head_of(model)
         self.record, self.patience, self.progress, self.signals = record, patience, progress, Signals()
+        self.openers: tuple[str, ...] = OPENERS
         self.loss_is_scaled_for_ga = True  # over the labels of the whole accumulated batch
         self.scores: dict[int, Score] = {}  # by step
         self.best_step: int | None = None
@@ -98,9 +99,9 @@ class DialogueTrainer(Trainer):
         return metrics
 
     def sample_replies(self) -> list[tuple[str, str]]:
-        """Answers to `OPENERS` by the model as it is now, drawn as the chat draws them. No random state is touched."""
-        replies = answer(self.peft_model, self.tokenizer, [[opener] for opener in OPENERS], max_t=SAMPLE_TOKENS)
-        return [(opener, " ".join(reply.text.split())) for opener, reply in zip(OPENERS, replies, strict=True)]
+        """Answers to `openers` by the model as it is now, drawn as the chat draws them. No random state is touched."""
+        replies = answer(self.peft_model, self.tokenizer, [[opener] for opener in self.openers], max_t=SAMPLE_TOKENS)
+        return [(opener, " ".join(reply.text.split())) for opener, reply in zip(self.openers, replies, strict=True)]
 
     def remember(self, score: Score) -> None:
         """Enter the score of this step; keep the adapters where it is the best, stop where none comes any more."""
@@ -225,6 +226,7 @@ def _trainer(
         train_dataset=train, callbacks=[progress],
         data_collator=functools.partial(collate, pad=rows.held_out.pad),  # can be sent to a worker, a lambda cannot
     )  # fmt: skip
+    trainer.openers = rows.openers[: len(OPENERS)] or OPENERS
     # Trainer's fp16 is wanted for its scaled gradients alone: the weights are 16-bit already, and under autocast
     # LayerNorm returns float32, in which bitsandbytes' int8 backward pass would then multiply.
     trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
