@@ -25,7 +25,7 @@ from dialogue import hub, machine, models, storage
 from dialogue.data import corpus, sources
 from dialogue.measure import merge
 from dialogue.prompt import add_roles
-from dialogue.train import lora, memory, options, record, rows, runs, show, speedups, trainer
+from dialogue.train import lora, memory, options, record, rows, runs, show, speedups, teach, trainer
 from dialogue.train import plan as planning
 
 # ---- Editable values ---------------------------------------------------------------------------------
@@ -135,9 +135,9 @@ def fine_tune(run: options.Run) -> None:
     speedups.keep_freed_memory(not fit.in_8bit)
     base = models.load_base(run.base_model, fit.dtype, device, tokenizer, quant_config if fit.in_8bit else None)
     model = speedups.apply(lora.attach(base, run.lora, tokenizer), run.keep_dropout)
-    if begun.trained:  # a stop came between the adapters and the merged model
+    if begun.trained or run.teach:  # a stop came between the adapters and the merged model, or lessons come on top
         lora.load(model, run.adapters)
-    else:
+    if not begun.trained:
         plan = planning.rehearse(model, tokenizer, prepared, run, fit)  # one real batch forward and backward
         show.example(console, tokenizer, plan.rows.train[-1])
         show.plan(console, plan, run, dialogues, model, load, before)
@@ -147,7 +147,9 @@ def fine_tune(run: options.Run) -> None:
         plan.confirm(run)  # more than a day asks first
         show.line(console, f"Repeat this run with: {run.command}")
         written = record.begin(run, plan, runs.describe(run, prepared))
+        untaught = teach.ask(model, tokenizer, prepared.lessons)
         trained = trainer.train(model, tokenizer, plan, run, written, begun.checkpoint)
+        show.lessons(console, run, prepared.lessons, untaught, teach.ask(model, tokenizer, prepared.lessons), trained)
         if not run.arguments.process_index:
             with storage.whole_folder(run.adapters) as folder:  # appears whole, or not at all
                 record.write_adapters(folder, model, tokenizer, run, plan, dialogues, trained, written)

@@ -86,4 +86,4 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 
 def load(model: PeftModel, folder: Path) -> None:
     """Put the adapter in `folder` in the place of `model`'s own."""
-    model.load_adapter(str(folder), model.active_adapter, is_trainable=False)
+    model.load_adapter(str(folder), model.active_adapter, is_trainable=True)

@@ -13,8 +13,8 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from dialogue import machine
-from dialogue.errors import Parser, UserError
+from dialogue import machine, storage
+from dialogue.errors import Parser, UserError, in_a_line
 
 EPILOGUE = """
 Any field of transformers' TrainingArguments is a flag as well and overrides the value in the script, for instance
@@ -29,6 +29,12 @@ RANGES = (
     ("per_device_train_batch_size", 1, 1e9), ("per_device_eval_batch_size", 1, 1e9),
     ("gradient_accumulation_steps", 1, 1e9),
 )  # fmt: skip
+
+# What --teach changes: steps enough for a few lessons, and one evaluation, at the end.
+TEACHING: dict[str, Any] = {
+    "num_train_epochs": 1, "max_steps": -1, "learning_rate": 1e-3, "lr_scheduler_type": "linear",
+    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_steps": 0.5,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Run:
     quant: BitsAndBytesConfig
     arguments: TrainingArguments  # with the batch that was asked for, however it will be divided
     checkpointing: bool | None  # None: as memory asks
+    teach: bool  # go on from the adapters with lessons
     plan_only: bool
     resume: bool | None
     overwrite: bool
@@ -87,18 +94,22 @@ def resolve(
     """Flags over presets over the script's `values`. Raises UserError for what does not exist or cannot be obeyed."""
     flags, fields = parse(argv, presets)
     preset = presets[flags.preset]
-    chosen = {name: preset.get(name, value) for name, value in values.items()}
-    chosen |= {name: getattr(flags, name) for name in values if getattr(flags, name) is not None}
+    given = {name: getattr(flags, name) for name in values if getattr(flags, name) is not None}
+    chosen = {name: preset.get(name, value) for name, value in values.items()} | given
+    if flags.teach:
+        settings, lora = settings_of(Path(chosen["adapter_dir"]))
+        chosen |= {name: settings[name] for name in values if name in settings and name != "adapter_dir"} | given
     if chosen["bot"] and not flags.learn:
         chosen["learn"] = "bot"  # the others of a chat are other people
     on_cpu = {"use_cpu": machine.pick_device().type == "cpu"}  # several processes then talk through gloo
-    arguments = override(arguments, on_cpu | preset.get("training", {}) | fields)
-    lora = dataclasses.replace(lora, **preset.get("lora", {}))
+    arguments = override(arguments, on_cpu | preset.get("training", {}) | (TEACHING if flags.teach else {}) | fields)
+    lora = dataclasses.replace(lora, **({} if flags.teach else preset.get("lora", {})))
     kept: Any = arguments.activation_checkpointing
     decided = kept or {"activation_checkpointing", "gradient_checkpointing"} & set(fields)
     run = Run(
         **chosen, load_in_8bit=flags.load_in_8bit, keep_dropout=flags.keep_dropout, budget=flags.budget, lora=lora,
-        quant=quant, arguments=arguments, checkpointing=bool(kept) if decided else None, plan_only=flags.plan,
+        quant=quant, arguments=arguments, checkpointing=bool(kept) if decided else None, teach=flags.teach,
+        plan_only=flags.plan,
         resume=flags.resume, overwrite=flags.overwrite, yes=flags.yes,
         cheaper=tuple(name for name in presets if name != flags.preset), command=repeat_command(argv),
     )  # fmt: skip
@@ -106,6 +117,17 @@ def resolve(
         parse_duration(run.budget)
     check_obeyable(run)
     return run
+
+
+def settings_of(adapters: Path) -> tuple[dict[str, Any], LoraConfig]:
+    """What the run that wrote the adapters was asked for. Raises UserError where there are no adapters."""
+    if not (adapters / storage.RUN_FILE).is_file():
+        raise UserError(f"{adapters} holds no adapters to teach: train first, or name their folder with --adapter_dir")
+    run = storage.read_json(adapters / storage.RUN_FILE, {"settings": {"base_model": str, "dataset": str}})
+    try:
+        return run["settings"], dataclasses.replace(LoraConfig.from_pretrained(str(adapters)), inference_mode=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{adapters} holds no adapters that can be read: {in_a_line(error)}") from error
 
 
 def check_obeyable(run: Run) -> None:
@@ -169,6 +191,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
         "or where memory asks for it")  # fmt: skip
     add("--budget", metavar="TIME", help="train for so long (90s, 20m, 1h30m), evaluations included, instead of epochs")
     add("--keep_dropout", action="store_true", help="leave the base model's own dropout on (a frozen base needs none)")
+    add("--teach", action="store_true", help="go on from the adapters with the lessons that /edit and /good kept")
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
     add("--resume", action=argparse.BooleanOptionalAction,

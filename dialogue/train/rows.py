@@ -1,5 +1,6 @@
 """What a run trains on and is measured with: dialogues as rows of token ids."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from dialogue.data.corpus import Corpus, own_openers
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import HeldOut, hold_out
 from dialogue.prompt import find_roles
+from dialogue.train import teach
 from dialogue.train.options import Run
 
 CERTIFIED = 100  # validation dialogues that the merge is certified with
@@ -27,6 +29,7 @@ class Rows(NamedTuple):
     notes: list[str]  # what was cut or skipped
     validation: list[list[list[int]]]  # the dialogues of `held_out`
     openers: tuple[str, ...] = ()  # what samples and model card ask, of own data
+    lessons: Sequence[list[str]] = ()  # dialogues whose last reply is taught; they stand in `train` too
 
     def with_less_held_out(self, share: float, tokenizer: PreTrainedTokenizerBase) -> "Rows":
         """Only the first `share` of the held-out dialogues, at least one; all of them from 1 on."""
@@ -47,9 +50,12 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, run: Run) -> Row
     if not train or not validation:
         raise UserError(f"no dialogue of {run.dataset} fits into {length} tokens: raise --max_length")
     bot = find_roles(tokenizer).bot
+    packed, lessons = packing.pack(train, tokenizer, length, run.learn), teach.read_lessons() if run.teach else ()
+    if lessons:
+        packed = teach.mix(lessons, packed, tokenizer, length, run.arguments.seed)
     return Rows(
-        packing.pack(train, tokenizer, length, run.learn),
+        packed,
         hold_out(validation, tokenizer, length),
         [packing.to_row(piece, "bot", bot) for piece in validation[:CERTIFIED]],
-        length, len(train), notes, validation, own_openers(corpus, SHOWN),
+        length, len(train), notes, validation, own_openers(corpus, SHOWN), lessons,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from dialogue.data.packing import Row
 from dialogue.errors import UserError
 from dialogue.measure import merge
 from dialogue.plaintext import plain
+from dialogue.train import teach
 from dialogue.train.memory import Fit
 from dialogue.train.options import Run
 from dialogue.train.rows import Rows
@@ -50,6 +51,8 @@ def describe(run: Run, rows: Rows) -> dict[str, Any]:
         "training data": _fingerprint(rows.train),
         "validation data": _fingerprint(rows.held_out.rows),
     }
+    if run.teach:
+        described["start"] = teach.start_of(run.adapters, described["training data"])
     return {name: value for name, value in described.items() if value is not None}
 
 
@@ -102,8 +105,10 @@ def find_described(run: Run, described: dict[str, Any]) -> Begun:
     # Checkpoints are deleted last: where there is anything of them, a kill came before the end.
     left = any(run.checkpoints.glob("*checkpoint-*"))
     unfinished = has_adapters and (not has_merged or (left and not run.overwrite))
-    storage.check_free(run.adapters, run.overwrite or unfinished)
-    storage.check_free(run.merged, run.overwrite or (has_merged and unfinished))
+    if run.teach and has_adapters and not unfinished:
+        raise UserError("these lessons are taught already: keep others in the chat, with /edit and /good")
+    storage.check_free(run.adapters, run.overwrite or run.teach or unfinished)
+    storage.check_free(run.merged, run.overwrite or run.teach or (has_merged and unfinished))
     if unfinished and run.resume is not False and not storage.damage(run.adapters):
         begun = Begun(trained=True, fit=_fit_of(run.adapters))
     else:

@@ -2,6 +2,7 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from peft import PeftModel
@@ -21,6 +22,7 @@ from dialogue.train.memory import Load, estimate
 from dialogue.train.options import Run, override
 from dialogue.train.plan import Plan, count_steps
 from dialogue.train.record import precision_in_words
+from dialogue.train.trainer import Trained
 
 ENOUGH = 30  # steps; the learning rate rises and falls in fewer before much is learned
 
@@ -79,6 +81,23 @@ def example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row) -> N
     for token, label in zip(row["input_ids"][:end], row["labels"][:end], strict=True):
         text.append(plain(decode_text(tokenizer, [token])), style="dim" if label == IGNORED else "green")
     console.print(text)
+
+
+def lessons(
+    console: Console, run: Run, lessons: Sequence[list[str]], before: list[str], after: list[str], trained: Trained
+) -> None:
+    """What was taught, what the bot had said, and what it says now; nothing where nothing was taught."""
+    if not lessons:
+        return
+    table = Table("asked", "before", "wanted", "after", title="Lessons, at temperature 0", title_justify="left")
+    for turns, *replies in zip(lessons, before, after, strict=True):
+        table.add_row(*(Text(plain(text)) for text in (turns[-2], replies[0], turns[-1], replies[1])))
+    console.print(table)
+    learned = sum(reply == turns[-1] for reply, turns in zip(after, lessons, strict=True))
+    known = read_json(run.adapters / "metrics.json", METRICS)["eval_perplexity"]
+    now = trained.score.figures()["perplexity"]
+    line(console, f"{learned} of {len(lessons)} lessons are said word for word; perplexity on validation replies: "
+         f"{known:.1f} before, {now:.1f} after ({now / known - 1:+.1%}).")  # fmt: skip
 
 
 def result(console: Console, run: Run, certificate: dict[str, Any]) -> None:

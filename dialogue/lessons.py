@@ -1,0 +1,23 @@
+"""Lessons: what the bot should have said, kept by the chat and taught by `Fine_tuningmodel.py --teach`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dialogue.errors import UserError
+
+LESSONS = Path("gpt2-dialogue-lessons.jsonl")  # in the working directory, as the folders of a run are
+
+
+def keep(messages: list[dict[str, Any]]) -> None:
+    """Append a conversation whose last reply is to be learned; the bot's earlier ones are only read.
+
+    The file is an ordinary data file that its owner alone can read. Raises UserError where it cannot be written.
+    """
+    read = [{**each, "weight": 0} if each["role"] == "assistant" else each for each in messages[:-1]]
+    try:
+        with open(LESSONS, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(json.dumps({"messages": [*read, messages[-1]]}, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{LESSONS} could not be written: {error.strerror or error}") from error
