@@ -3,35 +3,18 @@
 import time
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from dialogue.chat import drafts, rerank
 from dialogue.chat.engine import Model
+from dialogue.chat.messages import Messages, check_messages, role_of
 from dialogue.chat.sampling import Explained, Sampling, explain
+from dialogue.chat.stats import Stats
 from dialogue.errors import UserError
 from dialogue.plaintext import plain, stable
-from dialogue.prompt import decode_text, encode_turn, without_roles
-
-SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
-
-
-class Stats(NamedTuple):
-    """One reply in numbers."""
-
-    prompt_tokens: int  # that had to be read for it; what the cache held is not among them
-    new_tokens: int  # <END> is not among them
-    first_token_seconds: float
-    tokens_per_second: float  # after the first one
-    precision: str
-    candidates: int = 1  # that it was chosen from; while they are drawn, `new_tokens` are those of all
-
-    @property
-    def seconds(self) -> float:
-        """The whole wait. The chosen one of several candidates comes all at once."""
-        streamed = self.tokens_per_second if self.candidates == 1 else 0.0
-        return self.first_token_seconds + ((self.new_tokens - 1) / streamed if streamed else 0.0)
+from dialogue.prompt import decode_text, encode_turn, with_persona, without_roles
 
 
 def check(max_t: int, best_of: int = 0, **values: Any) -> Sampling:
@@ -49,9 +32,11 @@ def check(max_t: int, best_of: int = 0, **values: Any) -> Sampling:
 class Conversation:
     """Turns so far. The model's cache outlives a turn, so that a turn costs its own new tokens only."""
 
-    def __init__(self, model: Model, seed: int | None = None) -> None:
+    def __init__(self, model: Model, seed: int | None = None, persona: str = "") -> None:
         self.model, self.tokenizer, self.roles, self.limit = model, model.tokenizer, model.roles, model.limit
+        self.persona = persona.strip()  # what the bot is told about itself, before the first message
         self.turns: list[list[int]] = []  # closed turns of ids: USER's, BOT's, USER's, ...
+        self.cut: list[list[int]] | None = None  # `turns`, where the last answer ended before its <END>
         self.forgotten = 0  # turns that left the context for the last reply
         self.sampling: Sampling | None = None  # of the last reply
         self.stats: Stats | None = None  # of the last reply, also while it is being made
@@ -70,7 +55,7 @@ class Conversation:
     @property
     def used(self) -> int:
         """Tokens of the conversation so far."""
-        return sum(map(len, self.turns))
+        return len(self._read())
 
     def reply(self, message: str, max_t: int, sampling: Sampling, best_of: int = 1) -> Generator[str, None, None]:
         """Say `message`, and yield the answer piece by piece; whole characters, no control sequences.
@@ -81,22 +66,23 @@ class Conversation:
         iterator; what was said until then is kept. Raises UserError for a message that does not fit into the
         context, and for a model whose logits are not numbers; the conversation is then as it was before.
         """
-        turn = self._turn(0, message)
-        free = self.limit - len(turn) - 2  # <BOT> and <END> of the answer
+        turn, spent = self._turn(0, message), len(self._turn(0, with_persona(self.persona, ""))) - 2
+        free = self.limit - len(turn) - spent - 2  # <BOT> and <END> of the answer
         if free < 1:
-            raise UserError(f"the message has {len(turn) - 2} tokens, {self.limit - 5} fit: make it shorter")
+            fit = max(0, self.limit - 5 - spent)
+            raise UserError(f"the message has {len(turn) - 2} tokens, {fit} fit: make it shorter")
         before = self.turns
         kept = self._newest(free - min(max_t, free // 2))
         self.turns = [*kept, turn]
         self.forgotten = len(before) - len(kept)
-        prompt = [token for turn in self.turns for token in turn] + [self.roles.bot]
+        prompt = [*self._read(), self.roles.bot]
         said: list[int] = []
         most, ranked = min(max_t, self.limit - 1 - len(prompt)), []
         try:
             count = best_of or self.model.quick_candidates
             if count > 1 and sampling.temp > 0:
                 ranked = yield from self._best(prompt, message, most, sampling, count)
-                said += ranked[0].tokens
+                said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
                 yield plain(ranked[0].text)
             else:
                 yield from self._stream(prompt, said, most, sampling)
@@ -106,16 +92,36 @@ class Conversation:
             raise
         finally:
             if self.turns is not before:
-                self.turns = [*self.turns, [self.roles.bot, *said, self.roles.end]]
+                self._close(said)
                 self._choice = self.turns, ranked, sampling
                 self.sampling = replace(sampling, temp=ranked[0].temp) if ranked else sampling
 
+    def go_on(self, max_t: int, sampling: Sampling) -> Generator[str, None, None]:
+        """Yield up to `max_t` tokens more of an answer that ended before its <END>, as `reply` does."""
+        if self.cut is not self.turns:
+            raise UserError("the last reply is whole: there is nothing to go on with")
+        if (room := self.limit - self.used) < 1:
+            raise UserError("the context is full: /reset begins a new conversation")
+        *self.turns, answer = self.turns
+        prompt, said = [*self._read(), self.roles.bot], answer[1:-1]
+        try:
+            yield from self._stream(prompt, said, min(max_t, room), sampling)
+        finally:
+            self._close(said)
+            self._choice, self.sampling = (None, [], None), sampling
+
+    def _close(self, said: list[int]) -> None:
+        """Add the answer to the turns; without an <END>, which `said` may have, it was cut."""
+        whole = said[-1:] == [self.roles.end]
+        self.turns = [*self.turns, [self.roles.bot, *said, *([] if whole else [self.roles.end])]]
+        self.cut = None if whole else self.turns
+
     def _stream(self, prompt: list[int], said: list[int], most: int, sampling: Sampling) -> Generator[str, None, None]:
-        """Yield text while `said` fills with the reply's ids, <END> apart."""
+        """Yield text while `said`, with what there is of the reply already, fills with its ids up to <END>."""
         start = time.perf_counter()
-        first, shown, read_before = 0.0, "", self.model.tokens_read
-        self.stats, prompt_tokens = None, 0
-        tokens = self.model.tokens(prompt, most, sampling, self.generator)
+        first, shown, read_before = 0.0, stable(decode_text(self.tokenizer, said)), self.model.tokens_read
+        self.stats, prompt_tokens, before, words = None, 0, len(said), said
+        tokens = self.model.tokens(prompt + said, most, sampling, self.generator)
         while True:
             try:
                 token = next(tokens, None)
@@ -123,13 +129,14 @@ class Conversation:
                 raise UserError(str(error)) from error
             if token is None:
                 break
-            if not said:
-                prompt_tokens = self.model.tokens_read - read_before
+            prompt_tokens = prompt_tokens or self.model.tokens_read - read_before
             now = time.perf_counter()
             first = first or now
-            said += [token] if token != self.roles.end else []
-            rate = (len(said) - 1) / (now - first) if len(said) > 1 else 0.0
-            self.stats = Stats(prompt_tokens, len(said), first - start, rate, self.model.engine.precision)
+            said.append(token)
+            words = said[:-1] if token == self.roles.end else said
+            new = len(words) - before
+            rate = (new - 1) / (now - first) if new > 1 else 0.0
+            self.stats = Stats(prompt_tokens, new, first - start, rate, self.model.engine.precision)
             if token == self.roles.end:
                 break
             # All of it is decoded each time: a token alone may be half of a character.
@@ -137,7 +144,7 @@ class Conversation:
             if len(text) > len(shown) and text.startswith(shown):
                 yield text[len(shown) :]
                 shown = text
-        rest = plain(decode_text(self.tokenizer, said))
+        rest = plain(decode_text(self.tokenizer, words))
         if len(rest) > len(shown):
             yield rest[len(shown) :]
 
@@ -190,6 +197,7 @@ class Conversation:
             raise UserError(f"the last reply has {len(ranked) or 'no'} candidates" + ", from 1" * bool(ranked))
         chosen = ranked[number - 1]
         self.turns = [*self.turns[:-1], [self.roles.bot, *chosen.tokens, self.roles.end]]
+        self.cut = self.turns if chosen.fault == "cut" else None
         self._choice = self.turns, ranked, sampling
         self.sampling = replace(sampling, temp=chosen.temp)
         return plain(chosen.text)
@@ -214,8 +222,8 @@ class Conversation:
         """
         if not self.turns:
             return []
-        *before, answer = self.turns
-        ids = [token for turn in before for token in turn] + answer[:1]
+        answer, ids = self.turns[-1], self._read()
+        ids = ids[: len(ids) - len(answer) + 1]
         spoken = without_roles(ids, self.model.roles)
         explained = []
         for token in answer[1:]:
@@ -240,18 +248,19 @@ class Conversation:
 
     def context(self) -> str:
         """Exactly what the model has been told, control tokens included."""
-        return decode_text(self.tokenizer, [token for turn in self.turns for token in turn])
+        return decode_text(self.tokenizer, self._read())
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> Messages:
         """The conversation in the shape of chat messages."""
-        return [{"role": _role(index), "content": self.text(index)} for index in range(len(self.turns))]
+        turns = [{"role": role_of(index), "content": self.text(index)} for index in range(len(self.turns))]
+        return [{"role": "system", "content": self.persona}] * bool(self.persona) + turns
 
     def restore(self, messages: Any) -> None:
         """Take over a conversation of that shape; of one that is too long, the newest turns.
 
         Raises UserError for any other shape, and changes nothing then.
         """
-        check_messages(messages)
+        self.persona, messages = check_messages(messages)
         self.turns = []
         for index in reversed(range(len(messages))):  # the newest first: what cannot be kept need not be tokenized
             self.turns.insert(0, self._turn(index, messages[index]["content"]))
@@ -260,21 +269,18 @@ class Conversation:
         kept = self._newest(self.limit)
         self.turns, self.forgotten, self.sampling = kept, len(messages) - len(kept), None
 
+    def replace(self, text: str) -> None:
+        """Let the last answer be `text`."""
+        self.turns = [*self.turns[:-1], self._turn(1, text)]
+
+    def _read(self) -> list[int]:
+        """All that was said, as the model reads it: the first message stands behind the persona."""
+        turns = self.turns
+        if self.persona and turns:
+            turns = [self._turn(0, with_persona(self.persona, self.text(0))), *turns[1:]]
+        return [token for turn in turns for token in turn]
+
     def _turn(self, index: int, text: str) -> list[int]:
         """A closed turn of ids. Half a character that a terminal or a file brought in becomes a "?"."""
         whole = text.encode("utf-8", "replace").decode("utf-8")
         return encode_turn(self.tokenizer, self.roles.bot if index % 2 else self.roles.user, whole, self.roles.end)
-
-
-def check_messages(messages: Any) -> None:
-    """Raises UserError for anything but a conversation in the shape of chat messages."""
-    if not isinstance(messages, list) or len(messages) % 2:
-        raise UserError(f"not a conversation: needed is {SHAPE}")
-    for index, message in enumerate(messages):
-        named = isinstance(message, dict) and message.get("role") == _role(index)
-        if not named or not isinstance(message.get("content"), str):
-            raise UserError(f"not a conversation (message {index + 1}): needed is {SHAPE}")
-
-
-def _role(index: int) -> str:
-    return "assistant" if index % 2 else "user"

@@ -1,0 +1,32 @@
+"""A conversation in the shape of chat messages, as `/save` writes it and other programs read it."""
+
+from typing import Any
+
+from dialogue.errors import UserError
+
+SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
+
+Messages = list[dict[str, str]]
+
+
+def role_of(turn: int) -> str:
+    """Of a turn by its number."""
+    return "assistant" if turn % 2 else "user"
+
+
+def check_messages(messages: Any) -> tuple[str, Messages]:
+    """Messages -> the persona, which a system message at the start holds, and the turns.
+
+    Raises UserError for anything but a conversation.
+    """
+    persona = ""
+    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
+        if messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
+            persona, messages = messages[0]["content"], messages[1:]
+    if not isinstance(messages, list) or len(messages) % 2:
+        raise UserError(f"not a conversation: needed is {SHAPE}")
+    for index, message in enumerate(messages):
+        named = isinstance(message, dict) and message.get("role") == role_of(index)
+        if not named or not isinstance(message.get("content"), str):
+            raise UserError(f"not a conversation (message {index + 1}): needed is {SHAPE}")
+    return persona, messages
