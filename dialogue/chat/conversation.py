@@ -12,7 +12,7 @@ from dialogue.chat.engine import Model
 from dialogue.chat.sampling import Explained, Sampling, explain
 from dialogue.errors import UserError
 from dialogue.plaintext import plain, stable
-from dialogue.prompt import decode_text, encode_turn, without_roles
+from dialogue.prompt import decode_reply, decode_text, encode_turn, without_roles
 
 SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
 
@@ -94,12 +94,13 @@ class Conversation:
         most, ranked = min(max_t, self.limit - 1 - len(prompt)), []
         try:
             count = best_of or self.model.quick_candidates
-            if count > 1 and sampling.temp > 0:
-                ranked = yield from self._best(prompt, message, most, sampling, count)
-                said += ranked[0].tokens
-                yield plain(ranked[0].text)
-            else:
-                yield from self._stream(prompt, said, most, sampling)
+            with self.model.alone():
+                if count > 1 and sampling.temp > 0:
+                    ranked = yield from self._best(prompt, message, most, sampling, count)
+                    said += ranked[0].tokens
+                    yield plain(ranked[0].text)
+                else:
+                    yield from self._stream(prompt, said, most, sampling)
         except BaseException:
             if not said:
                 self.turns, self.forgotten = before, 0
@@ -133,11 +134,11 @@ class Conversation:
             if token == self.roles.end:
                 break
             # All of it is decoded each time: a token alone may be half of a character.
-            text = stable(decode_text(self.tokenizer, said))
+            text = stable(decode_text(self.tokenizer, said).lstrip())
             if len(text) > len(shown) and text.startswith(shown):
                 yield text[len(shown) :]
                 shown = text
-        rest = plain(decode_text(self.tokenizer, said))
+        rest = plain(decode_reply(self.tokenizer, said))
         if len(rest) > len(shown):
             yield rest[len(shown) :]
 
@@ -174,7 +175,7 @@ class Conversation:
     def _candidate(self, draft: drafts.Draft, message: str) -> rerank.Candidate:
         ended = draft.tokens[-1] == self.roles.end
         tokens = draft.tokens[: len(draft.tokens) - ended]
-        text = decode_text(self.tokenizer, tokens)
+        text = decode_reply(self.tokenizer, tokens)
         fault = rerank.fault(text, [message, *(self.text(at) for at in range(1, len(self.turns), 2))], ended)
         return rerank.Candidate(tokens, text, draft.nats, temp=draft.sampling.temp, fault=fault)
 
@@ -217,13 +218,12 @@ class Conversation:
         *before, answer = self.turns
         ids = [token for turn in before for token in turn] + answer[:1]
         spoken = without_roles(ids, self.model.roles)
-        explained = []
-        for token in answer[1:]:
-            explained.append(
-                explain(self.model.logits(ids), token, self.sampling or sampling, spoken, self.model.forbidden)
-            )
-            ids.append(token)
-            spoken.append(token)
+        explained, sampling = [], self.sampling or sampling
+        with self.model.alone():
+            for token in answer[1:]:
+                explained.append(explain(self.model.logits(ids), token, sampling, spoken, self.model.forbidden))
+                ids.append(token)
+                spoken.append(token)
         return explained
 
     def undo(self) -> str | None:
@@ -236,7 +236,7 @@ class Conversation:
 
     def text(self, turn: int) -> str:
         """A turn's text without its role token and <END>."""
-        return decode_text(self.tokenizer, self.turns[turn][1:-1])
+        return (decode_reply if turn % 2 else decode_text)(self.tokenizer, self.turns[turn][1:-1])
 
     def context(self) -> str:
         """Exactly what the model has been told, control tokens included."""
@@ -244,7 +244,8 @@ class Conversation:
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation in the shape of chat messages."""
-        return [{"role": _role(index), "content": self.text(index)} for index in range(len(self.turns))]
+        texts = [decode_text(self.tokenizer, turn[1:-1]) for turn in self.turns]
+        return [{"role": _role(index), "content": text} for index, text in enumerate(texts)]
 
     def restore(self, messages: Any) -> None:
         """Take over a conversation of that shape; of one that is too long, the newest turns.
