@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 
 from dialogue import hub, machine, storage, wheels
 from dialogue.errors import UserError, in_a_line
-from dialogue.prompt import BOT, END, USER, find_roles, has_vocabulary
+from dialogue.prompt import BOT, END, USER, check_text, find_roles
 
 # Which projections carry LoRA where `lora_config` names none that the model has.
 LORA_TARGETS = {"gpt2": ["c_attn", "c_proj"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj"]}
@@ -46,7 +46,7 @@ MOST_LAYERS = 1000  # of a model on the hub, whose weights are not here yet
 
 def context_length(config: PretrainedConfig) -> int:
     """Tokens that the model can see at once (GPT-2's config maps `n_positions` to this name)."""
-    return config.max_position_embeddings
+    return getattr(config, "max_position_embeddings", 0)
 
 
 def without_weights(config: PretrainedConfig) -> PreTrainedModel:
@@ -119,7 +119,9 @@ def load_config(name: str) -> PretrainedConfig:
             raise ValueError(f"weights are missing: there are not enough for the {layers:,} layers of config.json")
         count, stored = count_parameters(config), sum(sizes)
         if not count or not context_length(config):
-            raise ValueError("it has no parameters, or no context")
+            raise ValueError(
+                "config.json gives it no parameters, or no length of its context (max_position_embeddings)"
+            )
         if 0 < stored < count and not hasattr(config, "quantization_config"):
             raise ValueError(f"weights are missing: {stored:,} are there, config.json describes {count:,}")
         return config
@@ -138,8 +140,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A model's tokenizer, as it comes. Raises UserError where there is none."""
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(resolve(name), **where(name))
-        if not has_vocabulary(tokenizer):
-            raise ValueError("its tokenizer has no vocabulary")
+        check_text(tokenizer)
         return tokenizer
 
 

@@ -89,10 +89,19 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return "".join(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def has_vocabulary(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether text survives. Without its vocabulary file a tokenizer loads all the same, and knows the special
-    tokens only."""
-    return decode_text(tokenizer, encode_text(tokenizer, "Hello, you!")) == "Hello, you!"
+def decode_reply(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """A reply as people read it: no white space around it (a model of words begins with " I"), and no half of a
+    character at its end, where the limit cut it."""
+    return decode_text(tokenizer, ids).rstrip("\ufffd").strip()
+
+
+def check_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where text does not survive. Without its vocabulary file a tokenizer loads all the same, and
+    knows the special tokens only."""
+    text = "Hello, you!"
+    if (back := decode_text(tokenizer, encode_text(tokenizer, text))) != text:
+        lost = f"does not give text back as it was ({text!r} becomes {back!r})"
+        raise ValueError(f"its tokenizer {lost if back.strip() else 'has no vocabulary'}")
 
 
 def with_persona(persona: str, message: str) -> str:

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dialogue import machine
 from dialogue.chat.sampling import Sampling, candidates, draw
-from dialogue.prompt import decode_text, encode_dialogue, find_roles, without_roles
+from dialogue.prompt import decode_reply, encode_dialogue, find_roles, without_roles
 
 CHAT = Sampling(temp=0.8, top_k=40, top_p=0.9)  # the defaults of `generate_text`
 
@@ -50,7 +50,7 @@ def answer(
     found = []
     for index in range(len(prompts)):
         ended = said[index][-1:] == [roles.end]
-        found.append(Reply(decode_text(tokenizer, said[index][: len(said[index]) - ended]).strip(), ended))
+        found.append(Reply(decode_reply(tokenizer, said[index][: len(said[index]) - ended]), ended))
     return found
 
 

@@ -150,9 +150,13 @@ def why(chat: "Chat", rest: str) -> None:
     if not explained:
         raise UserError("there is no reply yet")
     cuts = [name for name in explained[0].removed if any(each.removed[name] for each in explained)]
-    lines = []
-    for each in explained:
-        token = repr(decode_text(chat.conversation.tokenizer, [each.token]))[1:-1]
+    lines: list[list[str]] = []
+    text = ""
+    for number, each in enumerate(explained, 1):
+        # All of it is decoded each time: a character stands where its last token is.
+        before, ids = len(text), [one.token for one in explained[:number]]
+        text = decode_text(chat.conversation.tokenizer, ids).rstrip("\ufffd")
+        token = repr(text[before:])[1:-1] or "(part of a character)"
         shares = (f"{share:.1%}" for share in (each.probability, each.tempered, each.drawn))
         lines.append([token, str(each.rank), *shares, *(str(each.removed[name] or "") for name in cuts)])
     chat.rows(lines, ("token", "rank", "model", "temp", "drawn", *(f"-{name}" for name in cuts)))

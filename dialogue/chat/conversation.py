@@ -14,7 +14,7 @@ from dialogue.chat.sampling import Explained, Sampling, explain
 from dialogue.chat.stats import Stats
 from dialogue.errors import UserError
 from dialogue.plaintext import plain, stable
-from dialogue.prompt import decode_text, encode_turn, with_persona, without_roles
+from dialogue.prompt import decode_reply, decode_text, encode_turn, with_persona, without_roles
 
 
 def check(max_t: int, best_of: int = 0, **values: Any) -> Sampling:
@@ -80,12 +80,13 @@ class Conversation:
         most, ranked = min(max_t, self.limit - 1 - len(prompt)), []
         try:
             count = best_of or self.model.quick_candidates
-            if count > 1 and sampling.temp > 0:
-                ranked = yield from self._best(prompt, message, most, sampling, count)
-                said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
-                yield plain(ranked[0].text)
-            else:
-                yield from self._stream(prompt, said, most, sampling)
+            with self.model.alone():
+                if count > 1 and sampling.temp > 0:
+                    ranked = yield from self._best(prompt, message, most, sampling, count)
+                    said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
+                    yield plain(ranked[0].text)
+                else:
+                    yield from self._stream(prompt, said, most, sampling)
         except BaseException:
             if not said:
                 self.turns, self.forgotten = before, 0
@@ -105,7 +106,8 @@ class Conversation:
         *self.turns, answer = self.turns
         prompt, said = [*self._read(), self.roles.bot], answer[1:-1]
         try:
-            yield from self._stream(prompt, said, min(max_t, room), sampling)
+            with self.model.alone():
+                yield from self._stream(prompt, said, min(max_t, room), sampling)
         finally:
             self._close(said)
             self._choice, self.sampling = (None, [], None), sampling
@@ -119,7 +121,7 @@ class Conversation:
     def _stream(self, prompt: list[int], said: list[int], most: int, sampling: Sampling) -> Generator[str, None, None]:
         """Yield text while `said`, with what there is of the reply already, fills with its ids up to <END>."""
         start = time.perf_counter()
-        first, shown, read_before = 0.0, stable(decode_text(self.tokenizer, said)), self.model.tokens_read
+        first, shown, read_before = 0.0, stable(decode_text(self.tokenizer, said).lstrip()), self.model.tokens_read
         self.stats, prompt_tokens, before, words = None, 0, len(said), said
         tokens = self.model.tokens(prompt + said, most, sampling, self.generator)
         while True:
@@ -140,11 +142,11 @@ class Conversation:
             if token == self.roles.end:
                 break
             # All of it is decoded each time: a token alone may be half of a character.
-            text = stable(decode_text(self.tokenizer, said))
+            text = stable(decode_text(self.tokenizer, said).lstrip())
             if len(text) > len(shown) and text.startswith(shown):
                 yield text[len(shown) :]
                 shown = text
-        rest = plain(decode_text(self.tokenizer, words))
+        rest = plain(decode_reply(self.tokenizer, words))
         if len(rest) > len(shown):
             yield rest[len(shown) :]
 
@@ -165,7 +167,8 @@ class Conversation:
                 yield ""
         except ValueError as error:
             raise UserError(str(error)) from error
-        found = [self._candidate(draft, message) for draft in written]
+        said = [message, *(self.text(turn) for turn in range(1, len(self.turns), 2))]
+        found = [drafts.candidate(self.model, draft, said) for draft in written]
         sound = [place for place, each in enumerate(found) if not each.fault]
         replies = [written[place].tokens for place in sound]
         nothing = [*self._turn(0, rerank.NOTHING), self.roles.bot]
@@ -177,13 +180,6 @@ class Conversation:
             seconds = time.perf_counter() - start
             self.stats = self.stats._replace(new_tokens=len(ranked[0].tokens), first_token_seconds=seconds)
         return ranked
-
-    def _candidate(self, draft: drafts.Draft, message: str) -> rerank.Candidate:
-        ended = draft.tokens[-1] == self.roles.end
-        tokens = draft.tokens[: len(draft.tokens) - ended]
-        text = decode_text(self.tokenizer, tokens)
-        fault = rerank.fault(text, [message, *(self.text(at) for at in range(1, len(self.turns), 2))], ended)
-        return rerank.Candidate(tokens, text, draft.nats, temp=draft.sampling.temp, fault=fault)
 
     @property
     def candidates(self) -> list[rerank.Candidate]:
@@ -225,13 +221,12 @@ class Conversation:
         answer, ids = self.turns[-1], self._read()
         ids = ids[: len(ids) - len(answer) + 1]
         spoken = without_roles(ids, self.model.roles)
-        explained = []
-        for token in answer[1:]:
-            explained.append(
-                explain(self.model.logits(ids), token, self.sampling or sampling, spoken, self.model.forbidden)
-            )
-            ids.append(token)
-            spoken.append(token)
+        explained, sampling = [], self.sampling or sampling
+        with self.model.alone():
+            for token in answer[1:]:
+                explained.append(explain(self.model.logits(ids), token, sampling, spoken, self.model.forbidden))
+                ids.append(token)
+                spoken.append(token)
         return explained
 
     def undo(self) -> str | None:
@@ -244,7 +239,7 @@ class Conversation:
 
     def text(self, turn: int) -> str:
         """A turn's text without its role token and <END>."""
-        return decode_text(self.tokenizer, self.turns[turn][1:-1])
+        return (decode_reply if turn % 2 else decode_text)(self.tokenizer, self.turns[turn][1:-1])
 
     def context(self) -> str:
         """Exactly what the model has been told, control tokens included."""
@@ -252,7 +247,8 @@ class Conversation:
 
     def messages(self) -> Messages:
         """The conversation in the shape of chat messages."""
-        turns = [{"role": role_of(index), "content": self.text(index)} for index in range(len(self.turns))]
+        texts = [decode_text(self.tokenizer, turn[1:-1]) for turn in self.turns]
+        turns = [{"role": role_of(index), "content": text} for index, text in enumerate(texts)]
         return [{"role": "system", "content": self.persona}] * bool(self.persona) + turns
 
     def restore(self, messages: Any) -> None:

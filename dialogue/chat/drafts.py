@@ -8,8 +8,9 @@ from torch import Tensor
 
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import Model, TransformersEngine
+from dialogue.chat.rerank import Candidate, fault
 from dialogue.chat.sampling import Sampling, candidates, draw
-from dialogue.prompt import without_roles
+from dialogue.prompt import decode_reply, without_roles
 
 AT_ONCE = 512  # tokens whose logits are computed together
 
@@ -109,6 +110,14 @@ def _log_probabilities(model: Model, prompt: list[int], replies: list[list[int]]
         logits = engine.model(torch.tensor(rows, device=engine.model.device), use_cache=False).logits
     logs = logits[:, before - 1 :].float().log_softmax(-1)
     return [float(row[torch.arange(len(reply)), reply].sum()) for row, reply in zip(logs, replies, strict=True)]
+
+
+def candidate(model: Model, draft: Draft, said: list[str]) -> Candidate:
+    """A drawn reply, with what is wrong with it; `said` is what it must not say again."""
+    ended = draft.tokens[-1] == model.roles.end
+    tokens = draft.tokens[: len(draft.tokens) - ended]
+    text = decode_reply(model.tokenizer, tokens)
+    return Candidate(tokens, text, draft.nats, temp=draft.sampling.temp, fault=fault(text, said, ended))
 
 
 def keep(model: Model, prompt: list[int], drafts: list[Draft], chosen: int) -> None:

@@ -1,7 +1,9 @@
 """A dialogue model that can be asked for its next token: loading, and the key-value cache."""
 
 import sys
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -78,6 +80,7 @@ class Model:
         self.forbidden: list[int] = []  # ids that are never to be drawn; known with the first logits
         self.tokens_read = 0  # that ever went through the engine
         self._read: list[int] = []  # the cache holds the first `engine.length` of these
+        self._busy, self._user = threading.Lock(), 0  # the thread that has the engine now
 
     @property
     def quick_candidates(self) -> int:
@@ -86,6 +89,20 @@ class Model:
         if type(self.engine) is not Decoder:
             return 1
         return 8 if self.engine.parameters < 1_000_000_000 else 4
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other conversation uses the engine and its cache; other threads wait.
+
+        Raises RuntimeError where this very thread has them: it would wait for itself."""
+        if self._user == threading.get_ident():
+            raise RuntimeError("a reply of this model is not finished: read it to its end, or close it, first")
+        with self._busy:
+            self._user = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._user = 0
 
     def logits(self, ids: list[int]) -> Tensor:
         """Logits (V,) after `ids`; what the cache holds of them already is not read again."""

@@ -20,9 +20,9 @@ def check_messages(messages: Any) -> tuple[str, Messages]:
     Raises UserError for anything but a conversation.
     """
     persona = ""
-    if isinstance(messages, list) and messages and isinstance(messages[0], dict):
-        if messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
-            persona, messages = messages[0]["content"], messages[1:]
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if isinstance(first, dict) and first.get("role") == "system" and isinstance(first.get("content"), str):
+        persona, messages = first["content"], messages[1:]
     if not isinstance(messages, list) or len(messages) % 2:
         raise UserError(f"not a conversation: needed is {SHAPE}")
     for index, message in enumerate(messages):

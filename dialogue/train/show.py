@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from peft import PeftModel
@@ -78,8 +79,9 @@ def example(console: Console, tokenizer: PreTrainedTokenizerBase, row: Row) -> N
     """The first dialogue of `row`: what is learned in green, what is only read dim."""
     text = Text("One dialogue as the model reads it (green: learned): ", style="bold")
     end = next((i for i in range(1, len(row["position_ids"])) if row["position_ids"][i] == 0), len(row["input_ids"]))
-    for token, label in zip(row["input_ids"][:end], row["labels"][:end], strict=True):
-        text.append(plain(decode_text(tokenizer, [token])), style="dim" if label == IGNORED else "green")
+    pairs = zip(row["input_ids"][:end], row["labels"][:end], strict=True)
+    for learned, part in groupby(pairs, lambda pair: pair[1] != IGNORED):  # a token alone may be half of a character
+        text.append(plain(decode_text(tokenizer, [token for token, _ in part])), style="green" if learned else "dim")
     console.print(text)
 
 
