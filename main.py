@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dialogue import storage
-from dialogue.chat import terminal
+from dialogue.chat import history, terminal
 from dialogue.chat.commands import WHOLE_NUMBERS
 from dialogue.errors import Parser, UserError, exit_code
 from dialogue.plaintext import plain
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 # ---- Editable values ---------------------------------------------------------------------------------
 
-model_dir = "gpt2-dialogue-full"  # the merged model, an adapter folder, or a name on the hub
+model_dir = "gpt2-dialogue-full"  # the merged model, adapters, checkpoints of a training, or a name on the hub
+persona = ""  # what the bot is told about itself, for example "You are Ada, a baker from Lyon."
 
 
 def generate_text(
@@ -81,13 +82,17 @@ def settings() -> dict[str, Any]:
     return {name: inspect.signature(generate_text).parameters[name].default for name in SETTINGS}
 
 
+# As they stand above; what the model's own run fitted takes the place of those that nobody edited.
+UNEDITED = {"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.0, "repetition_penalty": 1.0, "best_of": 0}
+
+
 def start_conversation(
     model: str, precision: str = "auto", seed: int | None = None, device: str | None = None
 ) -> "Conversation":
     """A new conversation with a model, which is loaded at its first use."""
     from dialogue.chat.conversation import Conversation
 
-    return Conversation(_load(model, precision, device), seed)
+    return Conversation(_load(model, precision, device), seed, persona)
 
 
 @functools.cache
@@ -111,7 +116,11 @@ def parse(argv: list[str] | None) -> Namespace:
         kind = int if name in WHOLE_NUMBERS else float
         add(f"--{name}", type=kind, metavar="N", help=f"{SETTINGS[name]} (default: {default})")
     sources, precisions = ("defaults", "fitted"), ("auto", "float32", "bfloat16", "float16", "int8")
-    add("--sampler", choices=sources, default="defaults", help="fitted: from generation_config.json")
+    add("--persona", metavar="TEXT", help="what the bot is told about itself, before the first message")
+    add("--continue", dest="go_on", action="store_true", help="go on with the last conversation")
+    add("--private", action="store_true", help="keep nothing: neither this conversation nor what is typed")
+    add("--sampler", choices=sources, default="fitted",
+        help="fitted: the settings that fitted this model best; defaults: those above (default: fitted)")  # fmt: skip
     add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
     per_device = "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32; auto: the fastest of full quality"
     add("--precision", choices=precisions, default="auto", help=f"of the weights: {per_device}")
@@ -121,8 +130,11 @@ def parse(argv: list[str] | None) -> Namespace:
     return parser.parse_args(argv)
 
 
-def find_model(name: str) -> None:
-    """Raises UserError for what is no model's folder, and cannot be a name on the hub."""
+def find_model(name: str) -> str:
+    """The folder of a model, for checkpoints the newest of them; or a name that may be on the hub.
+
+    Raises UserError for what can be neither.
+    """
     if not name.strip():
         raise UserError(f"--model is empty: give a folder, for example {model_dir}")
     folder = Path(name)
@@ -130,16 +142,21 @@ def find_model(name: str) -> None:
         raise UserError(f"{name} is a file: --model takes the folder that it lies in")
     storage.recover(folder)
     if any(os.path.isfile(folder / file) for file in ("config.json", "adapter_config.json")):
-        return
+        return name
+    if checkpoint := storage.newest_checkpoint(folder):
+        return str(checkpoint)
     if name == model_dir or os.path.exists(name) or name.startswith((".", "/")):
         raise UserError(
             f"no model in {name.rstrip('/')}/: train one first with `python Fine_tuningmodel.py` "
             "(or `--preset starter`, which takes minutes on a CPU)"
         )
+    return name
 
 
 def fitted(model: str) -> dict[str, Any]:
-    """Settings from the model's generation_config.json, as far as it has them."""
+    """Settings from the generation_config.json of a model that was trained here, as far as it has them."""
+    if not Path(model, storage.RUN_FILE).is_file():
+        return {}
     names = {"temperature": "temp", "max_new_tokens": "max_t"}
     values = storage.read_json(Path(model, "generation_config.json"), {})
     found = {names.get(name, name): value for name, value in values.items() if value is not None}
@@ -151,11 +168,12 @@ def fitted(model: str) -> dict[str, Any]:
     return {name: found[name] for name in SETTINGS if name in found}
 
 
-def described(model: str) -> str:
-    """What stands above a conversation: the model, what it was trained from, and when, where its run says so."""
+def described(model: str, sampler: dict[str, Any]) -> str:
+    """What stands above a conversation: the model, its base and date, where its run says so, and fitted settings."""
     facts = storage.read_json(Path(model, storage.RUN_FILE)).get("facts")
     base, date = (plain(str(facts.get(name, ""))) if isinstance(facts, dict) else "" for name in ("base model", "date"))
-    return plain(model) + (f", trained from {base}" if base else "") + (f" on {date}" if date else "")
+    settings = "\nSettings fitted to it: " + ", ".join(f"{name} {value:g}" for name, value in sampler.items())
+    return plain(model) + f", trained from {base}" * bool(base) + f" on {date}" * bool(date) + settings * bool(sampler)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -163,22 +181,33 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     if flags.prompt is not None and not flags.prompt.strip():
         raise UserError("--prompt is empty: give it a message, or leave it out to chat")
-    find_model(flags.model)
-    chosen = fitted(flags.model) if flags.sampler == "fitted" else {}
-    chosen |= {name: getattr(flags, name) for name in SETTINGS if getattr(flags, name) is not None}
+    flags.model = find_model(flags.model)
+    given = {name: getattr(flags, name) for name in SETTINGS if getattr(flags, name) is not None}
+    untouched = {name for name, value in settings().items() if value == UNEDITED[name]} - set(given)
+    own = fitted(flags.model) if flags.sampler == "fitted" else {}
+    own = {name: value for name, value in own.items() if name in untouched and value != UNEDITED[name]}
+    chosen = own | given
+    earlier = history.last_conversation() if flags.go_on else []
 
     def start() -> "Conversation":
         from dialogue.chat.conversation import check
 
         check(**settings() | chosen)
-        return start_conversation(flags.model, flags.precision, flags.seed, flags.device)
+        conversation = start_conversation(flags.model, flags.precision, flags.seed, flags.device)
+        if earlier:
+            conversation.restore(earlier)
+        if flags.persona is not None:
+            conversation.persona = flags.persona.strip()
+        return conversation
 
     if not flags.debug:
         warnings.simplefilter("ignore")  # of libraries; they would stand in the middle of the prompt
     if flags.prompt is not None:
         terminal.answer([flags.prompt], start, generate_text, chosen, flags.stats)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        terminal.chat(start, generate_text, settings(), chosen, flags.stats, described(flags.model))
+        terminal.chat(
+            start, generate_text, settings(), chosen, flags.stats, described(flags.model, own), earlier, flags.private
+        )
     else:
         terminal.answer(sys.stdin, start, generate_text, chosen, flags.stats)
 

@@ -3,11 +3,13 @@
 import argparse
 import io
 import os
+import shutil
 import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dialogue.plaintext import plain
@@ -126,3 +128,28 @@ def _let_go(number: int) -> None:
 def _terminate(number: int, frame: Any) -> NoReturn:
     _let_go(number)
     raise Stopped(number, "terminated")
+
+
+@contextmanager
+def said_in_a_line(target: Path) -> Iterator[None]:
+    """Inside, a disk that is full or does not let us write is a UserError that names `target`."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := _write_error(error, target.parent)) is None:
+            raise
+        raise UserError(f"{target} could not be written: {reason}; what was there before is as it was") from error
+
+
+def _write_error(error: Exception, folder: Path) -> str | None:
+    """Why something could not be written, where that is what happened. safetensors has it in its text; torch's
+    writer notices that it failed, and not why."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    text = str(error)
+    if "os error 28" in text or "No space left" in text:
+        return "No space left on device"
+    if any(sign in text for sign in ("I/O error", "PytorchStreamWriter failed", "unexpected pos ")):
+        full = shutil.disk_usage(folder).free < 1_000_000
+        return "No space left on device" if full else " ".join(text.split())[:160]
+    return None

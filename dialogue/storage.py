@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import permutations
 from pathlib import Path
 
-from dialogue.errors import UserError
+from dialogue.errors import UserError, said_in_a_line
 from dialogue.json_files import as_json, read_json, write_json
 
 RUN_FILE = "run.json"  # stands in every folder that a run wrote, and says how
@@ -105,17 +105,6 @@ def put_in_place(written: Path, target: Path) -> None:
     recover(target)
 
 
-@contextmanager
-def said_in_a_line(target: Path) -> Iterator[None]:
-    """Inside, a disk that is full or does not let us write is a UserError that names `target`."""
-    try:
-        yield
-    except Exception as error:
-        if (reason := _write_error(error, target.parent)) is None:
-            raise
-        raise UserError(f"{target} could not be written: {reason}; what was there before is as it was") from error
-
-
 def unfinished(target: Path) -> Path:
     """Where `whole_folder` collects the files of `target`."""
     return target.parent / f".{target.name}.unfinished"
@@ -138,20 +127,6 @@ def recover(target: Path) -> None:
             old.rename(target)
     except OSError as error:
         raise UserError(f"{target} could not be restored from {old}: {error.strerror or error}") from error
-
-
-def _write_error(error: Exception, folder: Path) -> str | None:
-    """Why something could not be written, where that is what happened. safetensors has it in its text; torch's
-    writer notices that it failed, and not why."""
-    if isinstance(error, OSError):
-        return str(error.strerror or error)
-    text = str(error)
-    if "os error 28" in text or "No space left" in text:
-        return "No space left on device"
-    if any(sign in text for sign in ("I/O error", "PytorchStreamWriter failed", "unexpected pos ")):
-        full = shutil.disk_usage(folder).free < 1_000_000
-        return "No space left on device" if full else " ".join(text.split())[:160]
-    return None
 
 
 def seal(folder: Path) -> None:
@@ -193,6 +168,13 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
     except (UserError, ValueError):
         return f"{MANIFEST} is damaged"
     return None
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder of a training that may still go on; None where there is none."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and (path / MANIFEST).is_file()]
+    newest = sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
+    return next((path for path in newest if not damage(path, hash_below=0)), None)
 
 
 def _sha256(path: Path) -> str:

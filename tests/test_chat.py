@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,11 +114,22 @@ def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):  #
     folder = tmp_path / "fitted"
     folder.mkdir()
     broken_copy(merged, folder, "generation_config.json", lambda data: json.dumps(values).encode())
+    assert chat.fitted(str(folder)) == {}, "a model that was not trained here has no fitted settings"
+    (folder / "run.json").write_text("{}")
     assert chat.fitted(str(folder)) == {"temp": 0, "max_t": 3}
-    code, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--sampler", "fitted", "--stats", "json")
+    code, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--stats", "json")
     assert code == 0 and json.loads(err)["new_tokens"] <= 3
+    assert "Settings fitted to it: max_t 3, temp 0" in chat.described(str(folder), chat.fitted(str(folder)))
+    _, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--max_t", "5", "--stats", "json")
+    assert json.loads(err)["new_tokens"] == 5, "a flag comes before what was fitted"
+    _, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--sampler", "defaults", "--stats", "json")
+    assert json.loads(err)["new_tokens"] > 5
     (folder / "generation_config.json").write_text("[")
     assert run(capsys, "--model", str(folder), "--sampler", "fitted")[0] == 2
+
+
+def test_the_unedited_settings_are_those_that_stand_in_the_signature():
+    assert chat.settings() == chat.UNEDITED
 
 
 @pytest.mark.parametrize(
@@ -392,3 +404,49 @@ def test_a_broken_model_ends_the_prompt_with_a_line(home, merged, tmp_path):  # 
     talk.expect("error: broken cannot be loaded: ")
     talk.leaves(2)
     assert "Traceback" not in talk.before
+
+
+def test_a_killed_chat_is_gone_on_with_and_corrected(home):
+    talk = Terminal("--seed", "5", "--max_t", "4", "--temp", "0", "--persona", "You are Ada.")
+    talk.type("Hello there", r"\[cut: /more goes on\]", "tokens/s")
+    talk.type("/more", "tokens/s")
+    talk.expect("you>")
+    state = home / "state" / "gpt2-dialogue" / "conversation.json"
+    for _ in range(100):
+        if state.is_file() and len(json.loads(state.read_text())) == 3:
+            break
+        time.sleep(0.05)
+    talk.kill(signal.SIGKILL)
+    kept = json.loads(state.read_text())
+    assert kept[0] == {"role": "system", "content": "You are Ada."} and state.stat().st_mode & 0o777 == 0o600
+    talk = Terminal("--continue", "--max_t", "4", "--private")
+    talk.expect("you> Hello there")
+    talk.expect("bot> ")
+    talk.type("/edit", "bot> ")
+    talk.send("\x15")  # clears the line
+    talk.type("I am Ada.", "kept in gpt2-dialogue-lessons.jsonl")
+    talk.type("/context", "<USER>You are Ada.", "Hello there<END>", "<BOT>I am Ada.<END>")
+    talk.type("exit", "Bye")
+    talk.leaves(0)
+    assert json.loads(state.read_text()) == kept, "a private chat keeps nothing"
+    lesson = json.loads((home / "gpt2-dialogue-lessons.jsonl").read_text())
+    assert [each["content"] for each in lesson["messages"]] == ["You are Ada.", "Hello there", "I am Ada."]
+
+
+def test_there_has_to_be_something_to_go_on_with(home, capsys):
+    code, _, err = run(capsys, "--continue", "--prompt", "Hi")
+    assert code == 2 and "there is no earlier conversation" in err
+
+
+def test_the_newest_whole_checkpoint_of_a_training_can_be_talked_to(home, merged, capsys):  # noqa: F811
+    from dialogue import storage
+
+    checkpoints = home / "gpt2-dialogue-checkpoints"
+    for step in (9, 10, 20):
+        shutil.copytree(merged, checkpoints / f"checkpoint-{step}")
+    storage.seal(checkpoints / "checkpoint-9")
+    storage.seal(checkpoints / "checkpoint-10")  # 20 is still being written
+    assert chat.find_model("gpt2-dialogue-checkpoints") == "gpt2-dialogue-checkpoints/checkpoint-10"
+    assert run(capsys, "--model", "gpt2-dialogue-checkpoints", "--prompt", "Hi", "--max_t", "3")[0] == 0
+    (checkpoints / "checkpoint-10" / "config.json").unlink()
+    assert chat.find_model("gpt2-dialogue-checkpoints") == "gpt2-dialogue-checkpoints/checkpoint-9"

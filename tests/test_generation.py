@@ -79,6 +79,42 @@ def test_the_chat_template_makes_the_same_tokens(talk, merged):
     assert ids == [token for turn in talk.turns for token in turn]
 
 
+def test_a_persona_is_read_before_the_first_message_as_the_template_has_it(model, merged):
+    talk = Conversation(model, seed=3, persona="You are Ada.")
+    say(talk, "Hi", max_t=3)
+    say(talk, "And you?", max_t=3)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    rendered = tokenizer.apply_chat_template(talk.messages(), tokenize=False)
+    assert talk.context() == rendered and rendered.startswith("<USER>You are Ada.\nHi<END><BOT>")
+    assert len(talk.why(GREEDY)) == len(talk.turns[-1]) - 1
+    other = Conversation(model)
+    other.restore(talk.messages())
+    assert (other.persona, other.context()) == (talk.persona, talk.context())
+    assert other.used == len(tokenizer.apply_chat_template(talk.messages(), return_dict=False))
+    for number in range(20):  # whatever is forgotten, the persona is not, and all of it fits
+        say(talk, f"Message {number} of many words", max_t=3)
+        assert talk.used <= talk.limit and talk.context().startswith("<USER>You are Ada.\nMessage")
+    with pytest.raises(UserError, match="make it shorter"):
+        say(talk, "word " * 88)
+
+
+@pytest.mark.parametrize("parts", [(5, 7), (1, 1, 10), (11, 1)])
+def test_a_reply_that_was_cut_goes_on_as_if_it_had_not_been(model, parts):
+    whole, talk = Conversation(model), Conversation(model)
+    text = say(whole, "Hello there", max_t=sum(parts))
+    said = say(talk, "Hello there", max_t=parts[0])
+    for part in parts[1:]:
+        said += "".join(talk.go_on(part, GREEDY))
+    assert said == text and talk.turns == whole.turns
+    say(talk, "And you?", max_t=4)
+    say(whole, "And you?", max_t=4)
+    assert talk.turns == whole.turns
+    talk.replace("Something else.")
+    with pytest.raises(UserError, match="nothing to go on with"):
+        next(talk.go_on(4, GREEDY))
+    assert talk.text(3) == "Something else."
+
+
 def test_a_turn_costs_its_own_tokens_only():
     """Forward tokens over ten turns: each is read once, and the last token of a reply with the next turn."""
     tokenizer = dialogue_tokenizer()

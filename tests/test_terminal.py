@@ -12,8 +12,8 @@ from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.cells import cell_len
 
-from dialogue.chat import commands, session, terminal
-from dialogue.chat.conversation import Stats
+from dialogue.chat import commands, history, session, terminal
+from dialogue.chat.stats import Stats
 from dialogue.errors import UserError
 
 letters = st.text(alphabet="abc  \n\t你好👋🏽é,", max_size=12)
@@ -114,8 +114,8 @@ def test_history_is_kept_for_its_owner_alone(tmp_path, monkeypatch):
     file = tmp_path / "gpt2-dialogue/history"
     file.parent.mkdir()
     file.touch(0o644)
-    terminal.open_history().append_string("hello \udc80")
-    assert list(terminal.open_history().load_history_strings()) == ["hello ?"]
+    history.open_history().append_string("hello \udc80")
+    assert list(history.open_history().load_history_strings()) == ["hello ?"]
     assert file.stat().st_mode & 0o777 == 0o600
 
 
@@ -126,17 +126,17 @@ def test_history_goes_on_in_memory_and_says_so_once(way, tmp_path, monkeypatch):
         (tmp_path / "gpt2-dialogue").touch()
     if way == "a folder in its place":
         (tmp_path / "gpt2-dialogue/history").mkdir(parents=True)
-    history = terminal.open_history()
+    kept = history.open_history()
     if way == "vanished folder":
         shutil.rmtree(tmp_path / "gpt2-dialogue")
-    assert list(history.load_history_strings()) == []
+    assert list(kept.load_history_strings()) == []
     if way == "full disk":
-        history.filename = "/dev/full"  # to be written only: reading it never ends
-    history.append_string("hello")
-    assert history.problem and history.get_strings() == ["hello"]
-    history.problem = ""
-    history.append_string("again")
-    assert history.problem == "" and history.get_strings() == ["hello", "again"]
+        kept.filename = "/dev/full"  # to be written only: reading it never ends
+    kept.append_string("hello")
+    assert kept.problem and kept.get_strings() == ["hello"]
+    kept.problem = ""
+    kept.append_string("again")
+    assert kept.problem == "" and kept.get_strings() == ["hello", "again"]
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dialogue import lessons
 from dialogue.errors import UserError
 from dialogue.json_files import write_private
 from dialogue.plaintext import plain
@@ -83,6 +85,44 @@ def retry(chat: "Chat", rest: str) -> None:
     finally:
         if chat.conversation.turns is remaining:  # no answer came
             chat.conversation.turns = before
+
+
+@command("/more")
+def more(chat: "Chat", rest: str) -> None:
+    """go on with a reply that was cut"""
+    from dialogue.chat.conversation import check
+
+    settings, talk = chat.settings(), chat.conversation
+    sampling = check(**settings)
+
+    def go_on(on_text: Callable[[str], None]) -> None:
+        with closing(talk.go_on(settings["max_t"], sampling)) as pieces:
+            for piece in pieces:
+                on_text(piece)
+
+    chat.show(go_on)
+
+
+@command("/edit")
+def edit(chat: "Chat", rest: str) -> None:
+    """write what the last reply should have been; --teach learns it"""
+    talk = chat.conversation
+    if not talk.turns:
+        raise UserError("there is no reply yet")
+    text = chat.ask("bot> ", plain(talk.text(len(talk.turns) - 1))).strip()
+    if not text:
+        raise UserError("nothing is changed: an empty reply cannot be learned")
+    talk.replace(text)
+    good(chat, rest)
+
+
+@command("/good")
+def good(chat: "Chat", rest: str) -> None:
+    """keep the last message and its reply; --teach learns them"""
+    if not chat.conversation.turns:
+        raise UserError("there is no reply yet")
+    lessons.keep(chat.conversation.messages())
+    chat.note(f"kept in {lessons.LESSONS}: `python Fine_tuningmodel.py --teach` learns what is there")
 
 
 @command("/undo")
@@ -201,7 +241,7 @@ def save(chat: "Chat", rest: str) -> None:
     """write the conversation as JSON chat messages"""
     path = Path(os.path.expanduser(rest))
     if os.path.exists(path):  # Path.exists raises for a name that is too long
-        from dialogue.chat.conversation import check_messages
+        from dialogue.chat.messages import check_messages
 
         try:
             check_messages(read_messages(path))
@@ -221,7 +261,7 @@ def load(chat: "Chat", rest: str) -> None:
     chat.conversation.restore(messages)
     chat.note(f"{len(chat.conversation.turns)} turns loaded")
     chat.announce_forgotten()
-    chat.show_turns(4)
+    chat.show_turns(chat.conversation.messages())
 
 
 def read_messages(path: Path) -> Any:

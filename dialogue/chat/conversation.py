@@ -203,11 +203,9 @@ class Conversation:
 
         Then a quarter of `room` is left free: the rest is read again once, and not at every turn from now on.
         """
-        sizes = [len(turn) for turn in self.turns]
-        oldest = 0
-        if sum(sizes) > room:
-            while sum(sizes[oldest:]) > room * 3 // 4:
-                oldest += 2
+        sizes, oldest = list(map(len, self.turns)), 0
+        while sum(sizes) > room and sum(sizes[oldest:]) > room * 3 // 4:
+            oldest += 2
         return self.turns[oldest:]
 
     def why(self, sampling: Sampling) -> list[Explained]:

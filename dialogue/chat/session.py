@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit.formatted_text import AnyFormattedText
@@ -18,11 +19,14 @@ from rich.table import Table
 from rich.text import Text
 
 from dialogue.errors import handled
+from dialogue.json_files import write_private
 from dialogue.plaintext import plain
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
-    from dialogue.chat.conversation import Conversation, Stats
+    from dialogue.chat.conversation import Conversation
+    from dialogue.chat.messages import Messages
+    from dialogue.chat.stats import Stats
 
 
 def write(text: str) -> None:
@@ -45,7 +49,9 @@ class Chat:
         self, loading: "Future[Conversation]", generate: Callable[..., str], defaults: dict, chosen: dict, stats: str
     ) -> None:
         self.loading, self.generate, self.defaults, self.stats = loading, generate, defaults, stats
-        self.chosen = chosen  # settings that a flag or /set gave
+        self.chosen = chosen  # settings that were fitted, or that a flag or /set gave
+        self.ask: Callable[[str, str], str] = lambda prompt, text: text  # lets the person edit a text
+        self.kept: Path | None = None  # where the conversation is kept after each turn
         colourless = bool(os.environ.get("NO_COLOR"))  # rich alone would still write bold and dim
         self.console = Console(highlight=False, color_system=None if colourless else "auto")
         # The old Windows console would show escape sequences as text.
@@ -94,6 +100,11 @@ class Chat:
 
     def say(self, message: str) -> None:
         """Send a message and show the reply as it is made. Ctrl-C ends the reply and keeps what was said."""
+        talk = self.conversation
+        self.show(lambda on_text: self.generate(message, **self.chosen, conversation=talk, on_text=on_text))
+
+    def show(self, make: Callable[[Callable[[str], None]], Any]) -> None:
+        """Show a reply as `make` makes it, piece by piece."""
         conversation = self.conversation
         self.console.print("bot> ", end="", style="bold")
         wrap = Wrap(lambda: self.console.width, column=5)
@@ -116,7 +127,8 @@ class Chat:
                     raise Stop
 
             try:
-                self.generate(message, **self.chosen, conversation=conversation, on_text=on_text)
+                make(on_text)
+                stopped = " [cut: /more goes on]" if conversation.cut is conversation.turns else ""
             except (Stop, KeyboardInterrupt):
                 stopped = " [stopped]"
             finally:
@@ -127,12 +139,21 @@ class Chat:
         elif conversation.stats and self.stats == "on":
             self.note(figures(conversation.stats, "on"))
 
-    def show_turns(self, most: int) -> None:
+    def show_turns(self, messages: "Messages") -> None:
         """The newest turns again, as they were shown when they were said."""
-        talk = self.conversation
-        for index in range(max(0, len(talk.turns) - most), len(talk.turns)):
-            self.console.print("bot> " if index % 2 else "you> ", end="", style="bold" if index % 2 else None)
-            self.console.print(Text(plain(talk.text(index))))
+        for message in messages[-4:]:
+            bot = message["role"] == "assistant"
+            self.console.print("bot> " if bot else "you> ", end="", style="bold" if bot else None)
+            self.console.print(Text(plain(message["content"].strip())))
+
+    def keep(self) -> None:
+        """Keep the conversation for `--continue`, whatever happens next; where that fails, say so once."""
+        if self.kept and self.loading.done() and not self.loading.exception():
+            try:
+                write_private(self.kept, self.conversation.messages())
+            except OSError as error:
+                self.note(f"this conversation is not kept: {plain(str(self.kept))}: {error.strerror}")
+                self.kept = None
 
     def announce_forgotten(self) -> None:
         if self.conversation.forgotten:

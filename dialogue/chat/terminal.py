@@ -8,16 +8,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from dialogue.chat import commands
+from dialogue.chat.history import KEPT, History, open_history, state_folder
+from dialogue.chat.messages import Messages
 from dialogue.chat.session import Chat, figures, write
 from dialogue.errors import ENDINGS, UserError, handled, in_a_line
 from dialogue.plaintext import plain
@@ -80,10 +81,14 @@ def chat(
     chosen: dict,
     stats: str,
     top: str,
+    earlier: Messages,
+    private: bool,
 ) -> None:
-    """The conversation on a terminal, until `exit` or end of file. `top` says which model it is with."""
+    """The conversation on a terminal, until `exit` or end of file. `top` says which model it is with, `earlier` is what
+    it goes on with; where it is private, nothing of it is kept."""
     loading = in_background(start)
-    this, history = Chat(loading, generate, defaults, chosen, stats), open_history()
+    this, history = Chat(loading, generate, defaults, chosen, stats), InMemoryHistory() if private else open_history()
+    this.kept = None if private else state_folder() / KEPT
     session: PromptSession = PromptSession(
         history=history,
         completer=_Completer([*commands.COMMANDS, *(f"/set {name}" for name in defaults)]),
@@ -97,12 +102,15 @@ def chat(
     try:
         with handled(lambda number, _: sys.exit(128 + number), *ENDINGS), _unseen():
             this.note(f"{top}\nType a message; /help lists commands, exit leaves.")
+            this.ask = lambda prompt, text: session.prompt(prompt, default=text)
+            this.show_turns(earlier)
             draft = ""
             while (line := _ask(session, this, draft)).lower() not in commands.LEAVE:
-                if history.problem:
+                if isinstance(history, History) and history.problem:
                     this.note(f"messages are kept in memory only: {history.problem}")
                     history.problem = ""
                 draft = "" if _obey(this, line) else line
+                this.keep()
             this.note("Bye.")
     finally:
         leaving = sys.exc_info()[1]
@@ -224,38 +232,3 @@ def in_background(work: Callable[[], Any]) -> "Future[Any]":
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-class History(FileHistory):
-    """Earlier messages, in a file that its owner alone can read; in memory where that fails."""
-
-    problem: str | None = None  # why they are not in the file; "" when it was said
-
-    def load_history_strings(self) -> Iterable[str]:
-        with self._or_memory():
-            return list(super().load_history_strings())
-        return []
-
-    def store_string(self, string: str) -> None:
-        if self.problem is None:
-            with self._or_memory():
-                super().store_string(string)
-
-    @contextmanager
-    def _or_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.problem = f"{self.filename!s}: {error.strerror}"
-
-
-def open_history() -> History:
-    """The messages of earlier conversations, from a file in the user's state folder."""
-    history = History("history")
-    with history._or_memory():
-        folder = Path(os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")) / "gpt2-dialogue"
-        history.filename = folder / "history"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(history.filename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        os.chmod(history.filename, 0o600)
-    return history

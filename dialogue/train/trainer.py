@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from dialogue import storage
 from dialogue.chat.batch import answer
 from dialogue.data.packing import collate, count_tokens, fill_up
-from dialogue.errors import Signals, Stopped, UserError
+from dialogue.errors import Signals, Stopped, UserError, said_in_a_line
 from dialogue.measure.likelihood import HeldOut, Score
 from dialogue.measure.loss import head_of, summed_nats
 from dialogue.train import lora, runs
@@ -174,7 +174,7 @@ def train(
     if checkpoint:
         trainer.read_state(checkpoint)
     try:
-        with trainer.signals.noted(), storage.said_in_a_line(run.checkpoints):
+        with trainer.signals.noted(), said_in_a_line(run.checkpoints):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Over:
         pass
