@@ -93,7 +93,8 @@ def test_a_persona_is_read_before_the_first_message_as_the_template_has_it(model
     assert other.used == len(tokenizer.apply_chat_template(talk.messages(), return_dict=False))
     for number in range(20):  # whatever is forgotten, the persona is not, and all of it fits
         say(talk, f"Message {number} of many words", max_t=3)
-        assert talk.used <= talk.limit and talk.context().startswith("<USER>You are Ada.\nMessage")
+        assert talk.used <= talk.limit and talk.context().startswith("<USER>You are Ada.\n")
+    assert talk.forgotten and "\nHi<END>" not in talk.context()
     with pytest.raises(UserError, match="make it shorter"):
         say(talk, "word " * 88)
 
