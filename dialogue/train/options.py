@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import shlex
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 from dialogue import machine
 from dialogue.errors import Parser, UserError
+from dialogue.train.refused import check_obeyable
 
 EPILOGUE = """
 Any field of transformers' TrainingArguments is a flag as well and overrides the value in the script, for instance
@@ -87,7 +90,7 @@ def resolve(
     preset = presets[flags.preset]
     chosen = {name: preset.get(name, value) for name, value in values.items()}
     chosen |= {name: getattr(flags, name) for name in values if getattr(flags, name) is not None}
-    on_cpu = {"use_cpu": machine.pick_device().type == "cpu"}  # several processes then talk through gloo
+    on_cpu = {"use_cpu": True} if machine.pick_device().type == "cpu" else {}  # processes talk through gloo
     arguments = override(arguments, on_cpu | preset.get("training", {}) | fields)
     lora = dataclasses.replace(lora, **preset.get("lora", {}))
     kept: Any = arguments.activation_checkpointing
@@ -100,30 +103,16 @@ def resolve(
     )  # fmt: skip
     if run.budget:
         parse_duration(run.budget)
-    check_obeyable(run)
+    check_obeyable(arguments, lora, quant)
+    check_kept(run)
     return run
 
 
-def check_obeyable(run: Run) -> None:
-    """Raises UserError for a setting that the recipe would pass over in silence."""
-    arguments, lora, quant = run.arguments, run.lora, run.quant
-    refused = {
-        "label_smoothing_factor": (arguments.label_smoothing_factor, "the loss is plain cross-entropy: leave it out"),
-        "fp16 or bf16": (arguments.fp16 or arguments.bf16, "the precision is chosen for this machine: leave them out"),
-        "torch_compile": (arguments.torch_compile, "the forward passes are replaced by faster ones: leave it out"),
-        "auto_find_batch_size": (arguments.auto_find_batch_size, "the rehearsal finds it: leave it out"),
-        "fsdp or deepspeed": (arguments.fsdp or arguments.deepspeed, "the base is not split: use torchrun"),
-        "load_in_4bit in quant_config": (quant.load_in_4bit, "bases are held in 8 or 16 bits: take load_in_8bit"),
-        "modules_to_save in lora_config": (lora.modules_to_save, "only LoRA and three token rows are trained"),
-        "bias in lora_config": (lora.bias != "none", "biases are frozen: take lora_bias=True, or bias='none'"),
-        f"init_lora_weights={lora.init_lora_weights!r}": (
-            lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"),
-            "it changes the base model, into which the adapters could not be merged",
-        ),
-    }
-    for name, (asked, why) in refused.items():
-        if asked:
-            raise UserError(f"{name} cannot be obeyed: {why}")
+def check_kept(run: Run) -> None:
+    """Raises UserError where the run would replace what its own result refers to, by whatever path or link."""
+    for source, folder in product((run.base_model, run.dataset), (run.adapters, run.merged)):
+        if os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(folder)):
+            raise UserError(f"{folder} would be replaced, and {source} is in it: choose another folder for the result")
 
 
 def parse_duration(text: str) -> float:
