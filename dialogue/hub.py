@@ -1,10 +1,9 @@
 """The model hub: whether it answers at all, and what `--push_to_hub` sends there."""
 
-from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 from huggingface_hub.utils import get_session
@@ -33,11 +32,11 @@ def reachable() -> bool:
 
 def check_login(arguments: "TrainingArguments") -> None:
     """Raises UserError unless somebody is logged in where a run will send something: after hours would be too late."""
-    logins: list[tuple[str, bool, Callable[[], Any], str]] = [
-        ("--push_to_hub", arguments.push_to_hub, huggingface_hub.HfApi(token=arguments.hub_token).whoami, "hf auth"),
-        ("--report_to wandb", "wandb" in arguments.report_to, lambda: import_module("wandb").login(), "wandb"),
-    ]
-    for flag, asked, log_in, command in logins:
+    hub, report = huggingface_hub.HfApi(token=arguments.hub_token), arguments.report_to or []
+    for flag, asked, log_in, command in (
+        ("--push_to_hub", arguments.push_to_hub, lambda: hub.whoami(), "hf auth"),
+        ("--report_to wandb", "wandb" in report, lambda: import_module("wandb").login(), "wandb"),
+    ):
         try:
             if asked:
                 log_in()

@@ -74,8 +74,8 @@ def test_dialogues_that_would_see_each_other_get_rows_of_their_own(kind, tmp_pat
         ({"quant": {"load_in_4bit": True}}, "load_in_4bit"),
         ({"lora": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
         ({"lora": {"init_lora_weights": "olora"}}, "init_lora_weights='olora'"),
-        ({"lora": {"init_lora_weights": "pissa"}}, "could not be merged"),
-        ({"lora": {"bias": "all"}}, "bias='all' in lora_config"),
+        ({"lora": {"init_lora_weights": "pissa"}}, "merged into the base"),
+        ({"lora": {"bias": "all"}}, "bias='all' of LoraConfig"),
     ],
 )
 def test_a_setting_that_cannot_be_obeyed_is_refused_in_a_line(changes, said):

@@ -130,14 +130,9 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     An own value that was not given is None, or False for a switch. Raises UserError for a flag or a
     value that does not exist.
     """
-    parser = Parser(
-        prog="Fine_tuningmodel.py",
-        description="Fine-tune a language model on dialogues with LoRA, then merge it. "
-        "Without flags, the values at the top of the script are used.",
-        epilog=EPILOGUE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    what = "Fine-tune a language model on dialogues with LoRA, then merge it. Without flags, the script's values hold."
+    formatted: Any = argparse.RawDescriptionHelpFormatter
+    parser = Parser("Fine_tuningmodel.py", None, what, EPILOGUE, formatter_class=formatted, allow_abbrev=False)
     add = parser.add_argument
     add("--preset", default="xl", metavar="NAME",
         help="xl: GPT-2-XL in 8-bit, a GPU of 8 GB or more (the default); small: GPT-2 124M, any computer; "
@@ -156,17 +151,10 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--keep_dropout", action="store_true", help="leave the base model's own dropout on (a frozen base needs none)")
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
-    add(
-        "--resume",
-        action=argparse.BooleanOptionalAction,
-        help="go on with an unfinished run of the same settings, or start afresh (default: go on where there is one)",
-    )
-    add(
-        "--early_stopping_patience",
-        type=_count_or_0,
-        metavar="N",
-        help="stop after N evaluations in a row without a better one; 0: never",
-    )
+    add("--resume", action=argparse.BooleanOptionalAction,
+        help="go on with an unfinished run of the same settings (default: where there is one), or begin anew")  # fmt: skip
+    add("--early_stopping_patience", type=_count_or_0, metavar="N",
+        help="stop after N evaluations in a row without a better one; 0: never")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")
     add("--debug", action="store_true", help="show a traceback for every error")
     own, rest = parser.parse_known_args(argv)
