@@ -134,13 +134,12 @@ class Conversation:
             if token == self.roles.end:
                 break
             # All of it is decoded each time: a token alone may be half of a character.
-            text = stable(decode_text(self.tokenizer, said).lstrip())
+            text = stable(decode_text(self.tokenizer, said).strip())
             if len(text) > len(shown) and text.startswith(shown):
                 yield text[len(shown) :]
                 shown = text
-        rest = plain(decode_reply(self.tokenizer, said))
-        if len(rest) > len(shown):
-            yield rest[len(shown) :]
+        if rest := plain(decode_reply(self.tokenizer, said))[len(shown) :]:
+            yield rest
 
     def _best(
         self, prompt: list[int], message: str, most: int, sampling: Sampling, count: int
@@ -244,8 +243,8 @@ class Conversation:
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation in the shape of chat messages."""
-        texts = [decode_text(self.tokenizer, turn[1:-1]) for turn in self.turns]
-        return [{"role": _role(index), "content": text} for index, text in enumerate(texts)]
+        turns = enumerate(self.turns)
+        return [{"role": _role(index), "content": decode_text(self.tokenizer, ids[1:-1])} for index, ids in turns]
 
     def restore(self, messages: Any) -> None:
         """Take over a conversation of that shape; of one that is too long, the newest turns.

@@ -152,7 +152,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
     add("--resume", action=argparse.BooleanOptionalAction,
-        help="go on with an unfinished run of the same settings (default: where there is one), or begin anew")  # fmt: skip
+        help="go on with an unfinished run of these settings (default: if there is one), or begin anew")  # fmt: skip
     add("--early_stopping_patience", type=_count_or_0, metavar="N",
         help="stop after N evaluations in a row without a better one; 0: never")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")

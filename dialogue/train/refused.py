@@ -48,11 +48,8 @@ def check_obeyable(arguments: TrainingArguments, lora: LoraConfig, quant: BitsAn
         (lora, LoraConfig(), LORA, "plain LoRA, rsLoRA and DoRA are trained, and merged into the base"),
         (quant, BitsAndBytesConfig(load_in_8bit=True), QUANT, "bases have 8 bits, or by --load_in_8bit no 16"),
     ):
-        asked += [
-            (given, plain, name, why)
-            for name in sorted(signature(type(plain)).parameters)
-            if name not in obeyed.split()
-        ]
+        others = {*signature(type(plain)).parameters} - {*obeyed.split()}
+        asked += [(given, plain, name, why) for name in sorted(others)]
     for given, plain, name, why in asked:
         if (value := getattr(given, name)) not in (getattr(plain, name), *ALSO.get(name, ())):
             raise UserError(f"{name}={value!r:.100} of {type(given).__name__} cannot be obeyed: {why}")
