@@ -134,11 +134,11 @@ class Conversation:
             if token == self.roles.end:
                 break
             # All of it is decoded each time: a token alone may be half of a character.
-            text = stable(decode_text(self.tokenizer, said).strip())
+            text = stable(decode_text(self.tokenizer, said)).strip()
             if len(text) > len(shown) and text.startswith(shown):
                 yield text[len(shown) :]
                 shown = text
-        if rest := plain(decode_reply(self.tokenizer, said))[len(shown) :]:
+        if rest := plain(decode_reply(self.tokenizer, said)).strip()[len(shown) :]:
             yield rest
 
     def _best(
