@@ -106,9 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         learn=learn, bot=bot, silence=silence, adapter_dir=adapter_dir, merged_dir=merged_dir,
         early_stopping_patience=early_stopping_patience,
     )  # fmt: skip
-    if run.arguments.push_to_hub and not run.plan_only:
-        hub.check_login(run.arguments.hub_token)
     writes = not run.plan_only and not run.arguments.process_index  # the first process writes, a plan does not
+    if writes:
+        hub.check_login(run.arguments)
     with storage.locked(*(run.adapters, run.merged, run.checkpoints) if writes else ()):
         fine_tune(run)
 

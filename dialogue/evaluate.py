@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from dialogue import machine, models
 from dialogue.chat.batch import CHAT, answer
 from dialogue.data import packing
-from dialogue.data.corpus import Dialogues, fold, own_openers, without_leaks, without_overlap
+from dialogue.data.corpus import Dialogues, fold, own_openers, rough, without_leaks, without_overlap
 from dialogue.data.exports import SILENCE
 from dialogue.data.sources import KNOWN, load_corpus
 from dialogue.errors import Parser, UserError, exit_code
@@ -83,8 +83,9 @@ def main(argv: list[str] | None = None) -> None:
     apart = without_overlap(split, talk.train)
     known = {fold(turn) for turns in without_leaks(talk).train[: run.get("max_train_dialogues")] for turn in turns}
     results = figures(loaders, tokenizer, split, apart, known, flags)
-    source = f"{talk.source}, {flags.split} split"
-    show(console, results, f"{source}; sampler: {flags.sampler}; seed {flags.seed}; 95 % intervals")
+    few = rough(min(len(apart or split), flags.contexts))
+    how = f"sampler: {flags.sampler}; seed {flags.seed}; 95 % intervals{few}"
+    show(console, results, f"{talk.source}, {flags.split} split; {how}")
     if flags.json:
         named = {who: {on: {n: e._asdict() for n, e in f.items()} for on, f in r.items()} for who, r in results.items()}
         facts = {name: str(value) for name, value in vars(flags).items() if name not in ("json", "debug")}

@@ -1,6 +1,7 @@
 """The model hub: whether it answers at all, and what `--push_to_hub` sends there."""
 
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,12 +30,18 @@ def reachable() -> bool:
     return True
 
 
-def check_login(token: str | None) -> None:
-    """Raises UserError unless somebody is logged in: before a run, since after it hours would be too late."""
-    try:
-        huggingface_hub.HfApi(token=token).whoami()
-    except Exception as error:  # no token, a wrong one, no network: the client has an exception for each
-        raise UserError(f"--push_to_hub: {in_a_line(error)}; log in with `hf auth login`, or leave it out") from error
+def check_login(arguments: "TrainingArguments") -> None:
+    """Raises UserError unless somebody is logged in where a run will send something: after hours would be too late."""
+    hub, report = huggingface_hub.HfApi(token=arguments.hub_token), arguments.report_to or []
+    for flag, asked, log_in, command in (
+        ("--push_to_hub", arguments.push_to_hub, lambda: hub.whoami(), "hf auth"),
+        ("--report_to wandb", "wandb" in report, lambda: import_module("wandb").login(), "wandb"),
+    ):
+        try:
+            if asked:
+                log_in()
+        except Exception as error:  # no token, a wrong one, no network: the clients have an exception for each
+            raise UserError(f"{flag}: {in_a_line(error)}; log in with `{command} login`, or leave it out") from error
 
 
 def push(adapters: Path, merged: Path, arguments: "TrainingArguments") -> list[str]:

@@ -119,7 +119,7 @@ def load_config(name: str) -> PretrainedConfig:
             raise ValueError(f"weights are missing: there are not enough for the {layers:,} layers of config.json")
         count, stored = count_parameters(config), sum(sizes)
         if not count or not context_length(config):
-            raise ValueError("config.json gives no parameters, or no length of the context (max_position_embeddings)")
+            raise ValueError("config.json gives it no parameters, or no context length (max_position_embeddings)")
         if 0 < stored < count and not hasattr(config, "quantization_config"):
             raise ValueError(f"weights are missing: {stored:,} are there, config.json describes {count:,}")
         return config

@@ -92,7 +92,7 @@ def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 def decode_reply(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """A reply as people read it: no white space around it (a model of words begins with " I"), and no half of a
     character at its end, where the limit cut it."""
-    return decode_text(tokenizer, ids).rstrip("\ufffd").strip()
+    return decode_text(tokenizer, ids).removesuffix("\ufffd").strip()
 
 
 def check_text(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -165,7 +165,7 @@ def test_greedy_replies_are_those_of_transformers_whatever_the_batch(base):
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
         said = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :]
-        assert reply.text == tokenizer.decode(said[said != roles.end]).strip()
+        assert reply.text == tokenizer.decode(said[said != roles.end]).removesuffix("\ufffd").strip()
         assert reply.ended == (roles.end in said)
 
 

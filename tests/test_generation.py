@@ -1,6 +1,7 @@
 """Loading, and a conversation with a small real model: what is read, what is kept, what can be repeated."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_a_persona_is_read_before_the_first_message_as_the_template_has_it(model
     for number in range(20):  # whatever is forgotten, the persona is not, and all of it fits
         say(talk, f"Message {number} of many words", max_t=3)
         assert talk.used <= talk.limit and talk.context().startswith("<USER>You are Ada.\n")
-    assert talk.forgotten and "\nHi<END>" not in talk.context()
+    assert "\nHi<END>" not in talk.context()
     with pytest.raises(UserError, match="make it shorter"):
         say(talk, "word " * 88)
 
@@ -220,6 +221,62 @@ def test_streamed_text_is_whole_and_plain_however_its_bytes_are_spread(text, sho
         assert not any(set(piece) & set("\ufffd\x1b\x07\u202e") for piece in pieces)
         assert talk.text(1) == text, "what was said is kept as it was"
         assert talk.stats.new_tokens == len(ids)
+
+
+def test_no_half_character_at_the_end_and_no_space_before():
+    """A reply that its limit cut within an emoji; its ids stay as they were drawn."""
+    tokenizer = dialogue_tokenizer()
+    ids = tokenizer(" I am 👋🏽")["input_ids"]
+    for most in range(1, len(ids) + 1):
+        talk = Conversation(Model(Script([*ids, tokenizer.eos_token_id], len(tokenizer)), tokenizer, 1024))
+        said = say(talk, "go", most)
+        assert said == talk.text(1) and "I am 👋🏽".startswith(said)
+        assert talk.turns[1][1:-1] == ids[:most]
+    assert said == "I am 👋🏽" and talk.messages()[1]["content"] == " I am 👋🏽"
+
+
+def test_why_shows_whole_characters():
+    tokenizer = dialogue_tokenizer()
+    ids = tokenizer("好👋")["input_ids"]
+    assert len(ids) > 2
+    talk = Conversation(Model(Script([*ids, tokenizer.eos_token_id] * 2, len(tokenizer)), tokenizer, 1024))
+    assert say(talk, "go") == "好👋"
+    chat = Chat(in_background(lambda: talk), lambda *_, **__: "", DEFAULTS, {}, "on")
+    rows = []
+    chat.rows = lambda lines, titles=(): rows.extend(lines)
+    talk.why = lambda _, why=talk.why: why(GREEDY)
+    talk.model.engine.place = 0
+    run(chat, "/why")
+    shown = [row[0] for row in rows]
+    assert "".join(shown).replace("(part of a character)", "") == "好👋<END>"
+    assert shown.count("(part of a character)") == len(ids) - 2
+
+
+def test_conversations_in_threads_say_what_they_say_alone(merged):
+    """They share the cache of one model."""
+    for precision, best_of in (("int8", 4), ("float32", 1)):
+        shared = load(str(merged), precision, device="cpu")
+
+        def converse(seed, model=shared, best_of=best_of):
+            talk = Conversation(model, seed)
+            for message in ("Hello", "And you?", "Tell me more"):
+                "".join(talk.reply(message, 8, Sampling(temp=0.9), best_of))
+            return talk.turns
+
+        alone = [converse(seed) for seed in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(converse, range(4))) == alone
+
+
+def test_a_reply_within_a_reply_is_refused_and_changes_nothing(model):
+    first, second = Conversation(model, 1), Conversation(model, 2)
+    stream = first.reply("Hello", 5, GREEDY)
+    next(stream)
+    with pytest.raises(RuntimeError, match="not finished"):
+        say(second, "Hi")
+    assert second.turns == []
+    stream.close()
+    assert say(second, "Hi", 3) and say(first, "go on", 3)
 
 
 def test_a_repetition_penalty_leaves_the_end_of_a_reply_alone():

@@ -69,13 +69,13 @@ def test_dialogues_that_would_see_each_other_get_rows_of_their_own(kind, tmp_pat
     ("changes", "said"),
     [
         ({"arguments": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor"),
-        ({"arguments": {"bf16": True, "use_cpu": True}}, "fp16 or bf16"),
+        ({"arguments": {"bf16": True, "use_cpu": True}}, "bf16=True"),
         ({"arguments": {"auto_find_batch_size": True}}, "auto_find_batch_size"),
         ({"quant": {"load_in_4bit": True}}, "load_in_4bit"),
         ({"lora": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
         ({"lora": {"init_lora_weights": "olora"}}, "init_lora_weights='olora'"),
-        ({"lora": {"init_lora_weights": "pissa"}}, "could not be merged"),
-        ({"lora": {"bias": "all"}}, "bias in lora_config"),
+        ({"lora": {"init_lora_weights": "pissa"}}, "merged into the base"),
+        ({"lora": {"bias": "all"}}, "bias='all' of LoraConfig"),
     ],
 )
 def test_a_setting_that_cannot_be_obeyed_is_refused_in_a_line(changes, said):

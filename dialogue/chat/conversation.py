@@ -121,7 +121,7 @@ class Conversation:
     def _stream(self, prompt: list[int], said: list[int], most: int, sampling: Sampling) -> Generator[str, None, None]:
         """Yield text while `said`, with what there is of the reply already, fills with its ids up to <END>."""
         start = time.perf_counter()
-        first, shown, read_before = 0.0, stable(decode_text(self.tokenizer, said).lstrip()), self.model.tokens_read
+        first, shown, read_before = 0.0, plain(decode_reply(self.tokenizer, said)).strip(), self.model.tokens_read
         self.stats, prompt_tokens, before, words = None, 0, len(said), said
         tokens = self.model.tokens(prompt + said, most, sampling, self.generator)
         while True:
@@ -142,13 +142,12 @@ class Conversation:
             if token == self.roles.end:
                 break
             # All of it is decoded each time: a token alone may be half of a character.
-            text = stable(decode_text(self.tokenizer, said).lstrip())
+            text = stable(decode_text(self.tokenizer, said)).strip()
             if len(text) > len(shown) and text.startswith(shown):
                 yield text[len(shown) :]
                 shown = text
-        rest = plain(decode_reply(self.tokenizer, words))
-        if len(rest) > len(shown):
-            yield rest[len(shown) :]
+        if rest := plain(decode_reply(self.tokenizer, words)).strip()[len(shown) :]:
+            yield rest
 
     def _best(
         self, prompt: list[int], message: str, most: int, sampling: Sampling, count: int

@@ -92,9 +92,7 @@ class Model:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Inside, no other conversation uses the engine and its cache; other threads wait.
-
-        Raises RuntimeError where this very thread has them: it would wait for itself."""
+        """Inside, other threads wait for the engine; this very thread would wait for itself: RuntimeError."""
         if self._user == threading.get_ident():
             raise RuntimeError("a reply of this model is not finished: read it to its end, or close it, first")
         with self._busy:

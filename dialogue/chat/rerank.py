@@ -7,7 +7,7 @@ section 3: maximum mutual information, the form with lambda). Replies that nobod
 
 from typing import NamedTuple
 
-from dialogue.data.corpus import fold
+from dialogue.data.corpus import fold, words
 
 LAMBDA = 0.7  # of what a reply would get anyway; 1: only what the message adds counts
 ALPHA = 1.0  # the score is divided by length ** ALPHA; 0.5: short replies win
@@ -41,21 +41,20 @@ def rank(candidates: list[Candidate]) -> list[Candidate]:
 def fault(text: str, said: list[str], ended: bool) -> str:
     """What is wrong with a reply, in a word; "" where nothing is. `said`: what it must not say again, the message that
     it answers and the earlier replies."""
-    words, before = words_of(text), [words_of(each) for each in said]
-    threes, theirs = ngrams(words, 3), {three for each in before for three in ngrams(each, 3)}
-    if not words:
+    ours, before = words_of(text), [words_of(each) for each in said]
+    threes, theirs = ngrams(ours, 3), {three for each in before for three in ngrams(each, 3)}
+    if not ours:
         return "empty"
     if not ended:
         return "cut"
-    if words in before or (threes and 2 * sum(three in theirs for three in threes) >= len(threes)):
+    if ours in before or (threes and 2 * sum(three in theirs for three in threes) >= len(threes)):
         return "parrot"
     return "repeats" if len(set(threes)) < len(threes) else ""
 
 
 def words_of(text: str) -> list[str]:
     """ "I'm fine, thanks - and you?" -> ["im", "fine", "thanks", "and", "you"]."""
-    words = (fold(word).replace(" ", "") for word in text.split())
-    return [word for word in words if word]
+    return list(filter(None, (fold(word).replace(" ", "") for word in words(text))))
 
 
 def ngrams(words: list[str], n: int) -> list[tuple[str, ...]]:

@@ -20,6 +20,9 @@ SHARED_WORDS = 10  # of a message and its reply: shorter pairs ("How are you?" "
 COMMON = 5  # a passage that stands in more dialogues than this, or in a third of a small set, is a form of words
 FLOOR = 5  # dialogues that a held-out split has at least, or a tenth of a small set
 FEW = 50  # figures of fewer dialogues are rough
+# Thai, Lao, Burmese, Khmer, Chinese, Japanese: no white space parts their words, so that a character is one here.
+_UNPARTED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_WORD = re.compile(f"[{_UNPARTED}]|[^\\s{_UNPARTED}]+")
 SPLITS = {
     "train": {"train", "training"},
     "validation": {"validation", "valid", "dev", "val"},
@@ -48,6 +51,16 @@ def own_openers(corpus: Corpus, count: int) -> tuple[str, ...]:
     return () if corpus.licence else tuple(found)[:count]
 
 
+def rough(dialogues: int) -> str:
+    """What is to be said behind figures of so many dialogues; nothing from `FEW` on."""
+    return f"; figures of so few dialogues ({dialogues}) are rough" if dialogues < FEW else ""
+
+
+def words(text: str) -> list[str]:
+    """What white space parts, and in writing without it each character."""
+    return _WORD.findall(text)
+
+
 def fold(text: str) -> str:
     """Words without case and punctuation: "Hi, I 'm Bob." -> "hi i m bob"."""
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
@@ -62,7 +75,7 @@ def _passages(turns: list[str]) -> set[str]:
     """What marks a dialogue: the whole of it, and each message and reply of `SHARED_WORDS` together."""
     wordings = [_wording(turn) for turn in turns]
     pairs = (f"{message}\n{reply}" for message, reply in itertools.pairwise(wordings))
-    return {"\n\n".join(wordings), *(pair for pair in pairs if len(pair.split()) >= SHARED_WORDS)}
+    return {"\n\n".join(wordings), *(pair for pair in pairs if len(words(pair)) >= SHARED_WORDS)}
 
 
 def _common(marks: Iterable[set[str]]) -> set[str]:

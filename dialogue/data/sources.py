@@ -13,7 +13,7 @@ from typing import Any
 
 from dialogue import hub, wheels
 from dialogue.data.cleaning import clean, looks_tokenised
-from dialogue.data.corpus import FEW, SPLITS, Corpus, Dialogues, counted, hold_out, split_by_name, split_of
+from dialogue.data.corpus import SPLITS, Corpus, Dialogues, counted, hold_out, rough, split_by_name, split_of
 from dialogue.data.exports import SILENCE
 from dialogue.data.readers import EOU, SUFFIXES, NoDialogues, Parts, Record, faults_named, read_records, shown, walk
 from dialogue.data.records import to_dialogues, wanted_columns
@@ -136,8 +136,7 @@ def _gather(files: Files, source: str, released: bool, left_out: Counter[str], n
         if not found["train"] or not found["validation"]:
             raise UserError(f"{source} holds too few dialogues to keep one apart for validation: give at least two")
         notes.append(f"{' and '.join(f'{len(found[name]):,} for {name}' for name in missing)} held out")
-    if len(found["validation"]) < FEW:
-        notes.append(f"figures on so few validation dialogues ({len(found['validation'])}) are rough")
+    notes += filter(None, [rough(len(found["validation"])).removeprefix("; ")])
     return Corpus(**found, source=source, licence=DAILYDIALOG_LICENCE if tokenised else None, notes=notes)
 
 

@@ -29,6 +29,7 @@ class Fitted(NamedTuple):
     sampling: Sampling
     max_t: int
     figures: dict[str, Figures]
+    contexts: int  # that all of them rest on
 
 
 def cost(bot: Figures, human: Figures) -> float:
@@ -73,4 +74,4 @@ def fit(
             if cost(new, human) < cost(best_figures, human):
                 best, best_figures = sampling, new
     named = {"people": human, "defaults": defaults, "fitted": best_figures}
-    return Fitted(best, max_t, {who: {**of, "cost": cost(of, human)} for who, of in named.items()})
+    return Fitted(best, max_t, {who: {**of, "cost": cost(of, human)} for who, of in named.items()}, len(found))

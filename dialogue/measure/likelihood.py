@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from dialogue.data.corpus import words
 from dialogue.data.packing import IGNORED, Row, UnlearnedIds, collate, fill_up, pack, to_row
 from dialogue.measure.loss import head_of, summed_nats
 from dialogue.prompt import decode_text, find_roles
@@ -20,7 +21,7 @@ class Score(NamedTuple):
 
     nats: float
     tokens: int
-    words: int  # separated by white space, so that models with other tokenizers compare
+    words: int  # as `corpus.words` has them, so that models with other tokenizers compare
     characters: int
 
     @property
@@ -72,14 +73,14 @@ class HeldOut(NamedTuple):
 
 def hold_out(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> HeldOut:
     """Encoded dialogues -> rows to be scored on the bot's turns."""
-    words, characters = np.sum([text_size(turns, tokenizer) for turns in pieces], axis=0).tolist()
-    return HeldOut(pack(pieces, tokenizer, max_length, "bot"), words, characters, tokenizer.pad_token_id)
+    spoken, characters = np.sum([text_size(turns, tokenizer) for turns in pieces], axis=0).tolist()
+    return HeldOut(pack(pieces, tokenizer, max_length, "bot"), spoken, characters, tokenizer.pad_token_id)
 
 
 def text_size(turns: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """Words and characters of an encoded dialogue's replies."""
     replies = [decode_text(tokenizer, turn[1:-1]) for turn in turns[1::2] if not isinstance(turn, UnlearnedIds)]
-    return sum(len(reply.split()) for reply in replies), sum(map(len, replies))
+    return sum(len(words(reply)) for reply in replies), sum(map(len, replies))
 
 
 @torch.no_grad()

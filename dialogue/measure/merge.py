@@ -19,7 +19,7 @@ from dialogue import machine, storage
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import make
 from dialogue.chat.sampling import Sampling
-from dialogue.data.corpus import Dialogues
+from dialogue.data.corpus import FEW, Dialogues
 from dialogue.data.packing import IGNORED, Row, collate
 from dialogue.errors import UserError
 from dialogue.measure import report
@@ -124,7 +124,8 @@ def certify(trained: Witness, merged: Witness, quantised: bool, device: torch.de
     # probabilities has a mean of KL and, to the same order, a variance of 2 KL. Three standard errors are allowed.
     allowed = MAX_PERPLEXITY_CHANGE[kind] + 3 * math.sqrt(2 * max(kl, 0.0)) / tokens
     certificate = {
-        "dialogues": int(trained.rows[-1]) + 1,
+        "dialogues": (dialogues := int(trained.rows[-1]) + 1),
+        "rough": dialogues < FEW,
         "reply_tokens": tokens,
         "adapter_perplexity": math.exp(min(adapter / tokens, 700)),
         "merged_perplexity": math.exp(min(whole / tokens, 700)),

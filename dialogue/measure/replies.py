@@ -74,7 +74,7 @@ def converse(model: Any, tokenizer: PreTrainedTokenizerBase, seed: int, openers:
 def measure(
     replies: list[Reply], messages: list[str], known: Container[str] = ()
 ) -> Callable[[np.ndarray], dict[str, float]]:
-    """Figures of the replies at given indices; words are what white space separates, without case and punctuation.
+    """Figures of the replies at given indices; words are those of `corpus.words`, without case and punctuation.
 
     distinct-n is the number of different n-grams over the number of all of them (Li et al. 2016, "A
     Diversity-Promoting Objective Function for Neural Conversation Models", section 5.3); it falls with the number

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from dialogue.data.corpus import Dialogues
+from dialogue.data.corpus import Dialogues, rough
 from dialogue.data.sources import DAILYDIALOG_LICENCE
 from dialogue.measure.fitting import Fitted
 from dialogue.models import STARTER, STARTER_ON_HUB
@@ -70,7 +70,8 @@ def write_card(folder: Path, run: dict[str, Any], metrics: dict[str, Any], fitte
 
 ## How good it is
 
-On the replies of the validation split (every reply token and its `<END>` count, nothing else):
+On the replies of {facts.get("validated on", "the validation split")}.
+Every reply token and its `<END>` count, nothing else:
 
 {figures}
 
@@ -127,8 +128,8 @@ def _sampler(fitted: Fitted) -> str:
     settings = ", ".join(f"{name} {value}" for name, value in vars(fitted.sampling).items() if name != "min_p")
     return f"""## Sampler
 
-`generation_config.json` has the settings whose replies to validation contexts were most like people's: {settings}
-(`main.py --sampler fitted`).
+`generation_config.json` has the settings whose replies to {fitted.contexts} contexts were most like people's:
+{settings} (`main.py --sampler fitted`){rough(fitted.contexts)}.
 
 {markdown_table(["replies", *fitted.figures], rows)}
 

@@ -3,9 +3,11 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import shlex
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +17,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 from dialogue import machine, storage
 from dialogue.errors import Parser, UserError, in_a_line
+from dialogue.train.refused import LORA as OBEYED_OF_LORA
+from dialogue.train.refused import check_obeyable
 
 EPILOGUE = """
 Any field of transformers' TrainingArguments is a flag as well and overrides the value in the script, for instance
@@ -101,7 +105,7 @@ def resolve(
         chosen |= {name: settings[name] for name in values if name in settings and name != "adapter_dir"} | given
     if chosen["bot"] and not flags.learn:
         chosen["learn"] = "bot"  # the others of a chat are other people
-    on_cpu = {"use_cpu": machine.pick_device().type == "cpu"}  # several processes then talk through gloo
+    on_cpu = {"use_cpu": True} if machine.pick_device().type == "cpu" else {}  # processes talk through gloo
     arguments = override(arguments, on_cpu | preset.get("training", {}) | (TEACHING if flags.teach else {}) | fields)
     lora = dataclasses.replace(lora, **({} if flags.teach else preset.get("lora", {})))
     kept: Any = arguments.activation_checkpointing
@@ -109,13 +113,13 @@ def resolve(
     run = Run(
         **chosen, load_in_8bit=flags.load_in_8bit, keep_dropout=flags.keep_dropout, budget=flags.budget, lora=lora,
         quant=quant, arguments=arguments, checkpointing=bool(kept) if decided else None, teach=flags.teach,
-        plan_only=flags.plan,
-        resume=flags.resume, overwrite=flags.overwrite, yes=flags.yes,
+        plan_only=flags.plan, resume=flags.resume, overwrite=flags.overwrite, yes=flags.yes,
         cheaper=tuple(name for name in presets if name != flags.preset), command=repeat_command(argv),
     )  # fmt: skip
     if run.budget:
         parse_duration(run.budget)
-    check_obeyable(run)
+    check_obeyable(arguments, lora, quant)
+    check_kept(run)
     return run
 
 
@@ -125,31 +129,18 @@ def settings_of(adapters: Path) -> tuple[dict[str, Any], LoraConfig]:
         raise UserError(f"{adapters} holds no adapters to teach: train first, or name their folder with --adapter_dir")
     run = storage.read_json(adapters / storage.RUN_FILE, {"settings": {"base_model": str, "dataset": str}})
     try:
-        return run["settings"], dataclasses.replace(LoraConfig.from_pretrained(str(adapters)), inference_mode=False)
+        saved = LoraConfig.from_pretrained(str(adapters))
+        kept = {name: getattr(saved, name) for name in OBEYED_OF_LORA.split() if not name.startswith("peft_")}
+        return run["settings"], LoraConfig(task_type="CAUSAL_LM", **kept)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{adapters} holds no adapters that can be read: {in_a_line(error)}") from error
 
 
-def check_obeyable(run: Run) -> None:
-    """Raises UserError for a setting that the recipe would pass over in silence."""
-    arguments, lora, quant = run.arguments, run.lora, run.quant
-    refused = {
-        "label_smoothing_factor": (arguments.label_smoothing_factor, "the loss is plain cross-entropy: leave it out"),
-        "fp16 or bf16": (arguments.fp16 or arguments.bf16, "the precision is chosen for this machine: leave them out"),
-        "torch_compile": (arguments.torch_compile, "the forward passes are replaced by faster ones: leave it out"),
-        "auto_find_batch_size": (arguments.auto_find_batch_size, "the rehearsal finds it: leave it out"),
-        "fsdp or deepspeed": (arguments.fsdp or arguments.deepspeed, "the base is not split: use torchrun"),
-        "load_in_4bit in quant_config": (quant.load_in_4bit, "bases are held in 8 or 16 bits: take load_in_8bit"),
-        "modules_to_save in lora_config": (lora.modules_to_save, "only LoRA and three token rows are trained"),
-        "bias in lora_config": (lora.bias != "none", "biases are frozen: take lora_bias=True, or bias='none'"),
-        f"init_lora_weights={lora.init_lora_weights!r}": (
-            lora.init_lora_weights not in (True, False, "gaussian", "orthogonal"),
-            "it changes the base model, into which the adapters could not be merged",
-        ),
-    }
-    for name, (asked, why) in refused.items():
-        if asked:
-            raise UserError(f"{name} cannot be obeyed: {why}")
+def check_kept(run: Run) -> None:
+    """Raises UserError where the run would replace what its own result refers to, by whatever path or link."""
+    for source, folder in product((run.base_model, run.dataset), (run.adapters, run.merged)):
+        if os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(folder)):
+            raise UserError(f"{folder} would be replaced, and {source} is in it: choose another folder for the result")
 
 
 def parse_duration(text: str) -> float:
@@ -167,12 +158,9 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     An own value that was not given is None, or False for a switch. Raises UserError for a flag or a
     value that does not exist.
     """
-    parser = Parser(
-        prog="Fine_tuningmodel.py", epilog=EPILOGUE, allow_abbrev=False,
-        description="Fine-tune a language model on dialogues with LoRA, then merge it. "
-        "Without flags, the values at the top of the script are used.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    what = "Fine-tune a language model on dialogues with LoRA, then merge it. Without flags, the script's values hold."
+    formatted: Any = argparse.RawDescriptionHelpFormatter
+    parser = Parser("Fine_tuningmodel.py", None, what, EPILOGUE, formatter_class=formatted, allow_abbrev=False)
     add = parser.add_argument
     add("--preset", default="xl", metavar="NAME",
         help="xl: GPT-2-XL in 8-bit, a GPU of 8 GB or more (the default); small: GPT-2 124M, any computer; "
@@ -195,7 +183,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
     add("--resume", action=argparse.BooleanOptionalAction,
-        help="go on with an unfinished run of the same settings, or start afresh (default: go on)")  # fmt: skip
+        help="go on with an unfinished run of these settings (default: if there is one), or begin anew")  # fmt: skip
     add("--early_stopping_patience", type=_count_or_0, metavar="N",
         help="stop after N evaluations in a row without a better one; 0: never")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")

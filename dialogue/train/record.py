@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from dialogue import machine, models
-from dialogue.data.corpus import Corpus, Dialogues
+from dialogue.data.corpus import Corpus, Dialogues, rough
 from dialogue.measure import report
 from dialogue.measure.replies import converse
 from dialogue.train import lora
@@ -37,7 +37,7 @@ def write_adapters(
     trained: Trained, record: dict[str, Any],
 ) -> None:  # fmt: skip
     """The adapters in `folder`, with metrics, curves and a model card that has conversations before and after."""
-    seed = run.arguments.seed
+    seed, count = run.arguments.seed, len(plan.rows.validation)
     with model.disable_adapter():
         before: Dialogues = converse(model, tokenizer, seed, plan.rows.openers)
     settings = {name: getattr(run, name) for name in CHOSEN}
@@ -56,6 +56,7 @@ def write_adapters(
             "precision": precision_in_words(plan),
             "training time": machine.duration(trained.seconds),
             "step": f"{trained.best_step} of {trained.steps} trained, the best on the validation split",
+            "validated on": f"{count:,} validation dialogues{rough(count)}",
             "peak memory": f"{peak / 1e9:.1f} GB",
             **machine.versions(),
         },

@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue import machine
-from dialogue.data.corpus import Corpus
+from dialogue.data.corpus import Corpus, rough
 from dialogue.data.packing import IGNORED, Row, count_tokens
 from dialogue.measure.report import METRICS
 from dialogue.plaintext import plain
@@ -110,7 +110,8 @@ def result(console: Console, run: Run, certificate: dict[str, Any]) -> None:
         f"[bold]{metrics['eval_perplexity']:.1f}[/] tuned (per token); "
         f"merged model: {certificate['perplexity_change']:+.2%} perplexity, "
         f"{certificate['greedy_agreement']:.1%} of greedy choices the same"
-        + (f"; chat in {certificate['chat_precision']}: {certificate['chat_perplexity_change']:+.2%}." if chat else ".")
+        + (f"; chat in {certificate['chat_precision']}: {certificate['chat_perplexity_change']:+.2%}" if chat else "")
+        + f"{rough(certificate['dialogues'])}."
     )
     console.print(Text(plain(f"Adapters and report: {run.adapter_dir}/   Merged model: {run.merged_dir}/")))
     extra = "" if run.merged_dir == "gpt2-dialogue-full" else f" --model {shlex.quote(run.merged_dir)}"

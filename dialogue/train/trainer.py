@@ -8,7 +8,6 @@ after Ctrl-C or SIGTERM.
 
 import functools
 import math
-import os
 import pickle
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dialogue import storage
@@ -183,11 +183,9 @@ def train(
     finally:
         progress.bar.stop()
     if trainer.signals.number or keeper.signal:
-        raise Stopped(
-            keeper.signal or trainer.signals.number,
-            f"stopped and saved at step {trainer.state.global_step} of {trainer.state.max_steps}: the same command "
-            "goes on from there",
-        )
+        at = f"step {keeper.saved_step} of {trainer.state.max_steps}: the same command goes on from there"
+        said = "stopped before anything was saved" if keeper.saved_step < 0 else f"stopped and saved at {at}"
+        raise Stopped(keeper.signal or trainer.signals.number, said)
     trainer.take_best()
     steps = trainer.state.global_step
     best = steps if trainer.best_step is None else trainer.best_step
@@ -209,7 +207,6 @@ def _trainer(
 ) -> DialogueTrainer:  # fmt: skip
     """A Trainer that leaves to `Keeper` what it would do less carefully."""
     arguments, rows = plan.arguments, plan.rows
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run.checkpoints / "runs"))
     arguments = override(
         arguments,
         {
@@ -230,6 +227,9 @@ def _trainer(
     # Trainer's fp16 is wanted for its scaled gradients alone: the weights are 16-bit already, and under autocast
     # LayerNorm returns float32, in which bitsandbytes' int8 backward pass would then multiply.
     trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):  # Trainer's own folder is SAVING
+            callback.logging_dir = callback.logging_dir or str(run.checkpoints / "runs")
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
