@@ -19,24 +19,18 @@ import pytest
 import torch
 from conftest import byte_tokenizer, gpt2_tokenizer
 from gguf import GGUFReader, TokenType
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
+from helpers import memorised
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     pipeline,
 )
 
 import main as chat
 from dialogue.errors import exit_code
 from dialogue.export import main as export
-from dialogue.measure import merge
-from dialogue.models import load_base
-from dialogue.prompt import add_roles, encode_dialogue
-from dialogue.train.lora import attach, save
+from dialogue.prompt import encode_dialogue
 
 CPU = torch.device("cpu")
 TALK = [
@@ -47,48 +41,10 @@ TALK = [
 ASKED = [TALK[0][0], TALK[1][0], TALK[2][0]]
 
 
-def memorised(family, tokenizer, folder):
-    """(adapter folder, merged folder) of a 2-layer model that has learned `TALK` by heart, so that no rounding
-    in any engine changes what it would say."""
-    add_roles(tokenizer)
-    torch.manual_seed(0)
-    if family == "gpt2":
-        config = GPT2Config(vocab_size=len(tokenizer), n_positions=1024, n_embd=64, n_layer=2, n_head=4)
-        model, rate = GPT2LMHeadModel(config), 4e-3
-    else:
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-        )  # fmt: skip
-        model, rate = LlamaForCausalLM(config), 1e-2
-    config.eos_token_id = tokenizer.eos_token_id
-    ids = [[token for turn in encode_dialogue(tokenizer, dialogue) for token in turn] for dialogue in TALK]
-    known = sorted({token for dialogue in ids for token in dialogue})  # the others' logits stay near zero
-    model.eval()  # no dropout
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
-    for _ in range(40):
-        loss = torch.tensor(0.0)
-        for dialogue in ids:
-            hidden = model.base_model(torch.tensor([dialogue[:-1]]), use_cache=False).last_hidden_state[0]
-            targets = torch.tensor([known.index(token) for token in dialogue[1:]])
-            loss = loss + torch.nn.functional.cross_entropy(hidden @ model.lm_head.weight[known].T, targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    # As a run would go on from here: adapters, and the merge.
-    base = load_base(str(folder / "base"), torch.float32, CPU, tokenizer)
-    lora = LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM")
-    save(attach(base, lora, tokenizer), tokenizer, folder / "lora")
-    merge.write(str(folder / "base"), folder / "lora", tokenizer, folder / "full")
-    return folder / "lora", folder / "full"
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """(adapter folder, merged folder) of a GPT-2 with the real tokenizer."""
-    return memorised("gpt2", gpt2_tokenizer(), tmp_path_factory.mktemp("gpt2"))
+    return memorised("gpt2", gpt2_tokenizer(), tmp_path_factory.mktemp("gpt2"), TALK)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +101,7 @@ def test_ctranslate2(merged, tmp_path):
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def small(request, tmp_path_factory):
     """(merged folder, its GGUF) of each family, with 260 tokens, since gguf's reader takes 50 us a token."""
-    _, folder = memorised(request.param, byte_tokenizer(), tmp_path_factory.mktemp(request.param))
+    _, folder = memorised(request.param, byte_tokenizer(), tmp_path_factory.mktemp(request.param), TALK)
     export(["gguf", "--model", str(folder)])
     return folder, folder.with_name("full.gguf")
 

@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from conftest import byte_tokenizer, save_random_gpt2
+from conftest import byte_tokenizer, gpt2_tokenizer
+from helpers import memorised
 
 import Fine_tuningmodel as script
 from dialogue import lessons
@@ -12,21 +13,28 @@ from dialogue.errors import UserError
 from dialogue.prompt import add_roles
 from dialogue.train import teach
 
-LESSONS = [("Who are you?", "I am Ada."), ("Where?", "In Lyon.")]
+TALK = [
+    ["Hello, how are you?", "I'm fine, thank you."], ["What time is it?", "It's noon."],
+    ["Are you hungry?", "Yes, very!"], ["Where do you live?", "In a town by the sea."],
+]  # fmt: skip
+LESSONS = [(TALK[0][0], TALK[2][1]), (TALK[1][0], TALK[3][1])]  # other answers than it has
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with data and the result of a run, made in the working directory as a person makes it."""
     home = tmp_path_factory.mktemp("teach")
-    save_random_gpt2(home / "base", byte_tokenizer(), positions=128)
+    memorised("gpt2", gpt2_tokenizer(), home, TALK)
+    shutil.rmtree(home / "lora")
+    shutil.rmtree(home / "full")
     with (home / "talk.jsonl").open("w") as file:
         for number in range(60):
-            file.write(json.dumps({"dialog": [f"Hello {number}", f"Hello, {number}"]}) + "\n")
+            turns = TALK[number % 4]
+            file.write(json.dumps({"dialog": [*turns, f"{turns[0]} {number}", turns[1]]}) + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        flags = ["--base_model", "base", "--dataset", "talk.jsonl", "--max_length", "64", "--max_steps", "20"]
-        script.main([*flags, "--learning_rate", "2e-2", "--eval_strategy", "no"])
+        flags = ["--base_model", "base", "--dataset", "talk.jsonl", "--max_length", "64", "--max_steps", "4"]
+        script.main([*flags, "--learning_rate", "1e-3", "--eval_strategy", "no"])
     return home
 
 
@@ -41,14 +49,14 @@ def taught(home, tmp_path, monkeypatch):
     return here
 
 
-FAST = ["--teach", "--learning_rate", "2e-2"]
+FAST = ["--teach", "--learning_rate", "1e-2"]
 
 
 def test_what_was_taught_is_said_word_for_word_and_the_table_shows_it(taught, capsys):
     script.main(FAST)
     said = capsys.readouterr().out
     assert "2 of 2 lessons are said word for word" in said
-    for words in ("Who are you?", "I am Ada.", "before", "wanted", "perplexity on validation replies"):
+    for words in (LESSONS[1][0], LESSONS[1][1], "before", "wanted", "perplexity on validation replies"):
         assert words in said
     run = json.loads((taught / "gpt2-dialogue-lora" / "run.json").read_text())
     assert run["settings"]["base_model"] == "base" and run["settings"]["dataset"] == "talk.jsonl"

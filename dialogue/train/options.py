@@ -37,7 +37,7 @@ RANGES = (
 # What --teach changes: steps enough for a few lessons, and one evaluation, at the end.
 TEACHING: dict[str, Any] = {
     "num_train_epochs": 1, "max_steps": -1, "learning_rate": 1e-3, "lr_scheduler_type": "linear",
-    "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_steps": 0.5,
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "eval_strategy": "no", "save_steps": 0.5,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from dialogue.data import packing, sources
 from dialogue.errors import UserError
 from dialogue.lessons import LESSONS
 
-PASSES = 40  # times that each lesson is read
+PASSES = 60  # times that each lesson is read
 REPLAY = 1  # rows of the run's own data for each row of lessons
 
 
