@@ -15,7 +15,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig, HfArgumentParser, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from dialogue import machine
+from dialogue import machine, storage
 from dialogue.errors import Parser, UserError
 from dialogue.train.refused import check_obeyable
 
@@ -111,7 +111,8 @@ def resolve(
 def check_kept(run: Run) -> None:
     """Raises UserError where the run would replace what its own result refers to, by whatever path or link."""
     for source, folder in product((run.base_model, run.dataset), (run.adapters, run.merged)):
-        if os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(folder)):
+        inside = os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(folder))
+        if inside and (folder / storage.RUN_FILE).is_file():  # what is no run's result is refused in any case
             raise UserError(f"{folder} would be replaced, and {source} is in it: choose another folder for the result")
 
 
