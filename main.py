@@ -160,8 +160,7 @@ def fitted(model: str) -> dict[str, Any]:
     names = {"temperature": "temp", "max_new_tokens": "max_t"}
     values = storage.read_json(Path(model, "generation_config.json"), {})
     found = {names.get(name, name): value for name, value in values.items() if value is not None}
-    if found.get("do_sample") is False:
-        found["temp"] = 0
+    found |= {"temp": 0.0} if values.get("do_sample") is False else {}
     for name in found.keys() & SETTINGS.keys():
         if not isinstance(found[name], int | float):
             raise UserError(f"{model}/generation_config.json: {name} must be a number, not {found[name]!r}")

@@ -180,6 +180,18 @@ def with_code(folder):
     change_json(folder, "config.json", model_type="evil", auto_map=names)
 
 
+def lowering(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "Lowercase"}}))
+
+
+def without_length(folder):
+    """Of a family without positions."""
+    from transformers import BloomConfig
+
+    BloomConfig(vocab_size=300, hidden_size=32, n_layer=1, n_head=2).save_pretrained(folder)
+
+
 def cut(name, keep=0.5):
     def change(folder):
         data = (folder / name).read_bytes()
@@ -213,6 +225,8 @@ WRONG_BASE = {
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], "tokenizer"),
     "a tokenizer cut in half": (cut("tokenizer.json"), "cannot be loaded|tokenizer"),
     "a tokenizer of zero bytes": (cut("tokenizer.json", 0), "cannot be loaded|tokenizer"),
+    "a tokenizer that lowers": (lowering, r"does not give text back as it was \('Hello, you!' becomes 'hello, you!'\)"),
+    "a config without a length": (without_length, r"no context length \(max_position_embeddings\)"),
     "code beside the model": (with_code, "trust_remote_code|cannot be loaded"),
 }  # fmt: skip
 

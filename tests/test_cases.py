@@ -7,20 +7,26 @@ import json
 import zipfile
 from collections import Counter
 
+import numpy as np
 import pyarrow
 import pytest
-from conftest import DAILYDIALOG, SHARED, needs_dailydialog
+from conftest import DAILYDIALOG, SHARED, byte_tokenizer, needs_dailydialog
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from rich.console import Console
 
+from dialogue.chat.batch import Reply
 from dialogue.data import readers
 from dialogue.data.cleaning import drop_controls
-from dialogue.data.corpus import Unlearned, without_leaks
+from dialogue.data.corpus import Corpus, Unlearned, without_leaks, words
 from dialogue.data.packing import IGNORED, encode, pack
 from dialogue.data.sources import load_corpus, read_path
 from dialogue.errors import UserError
+from dialogue.measure.likelihood import text_size
+from dialogue.measure.replies import measure
 from dialogue.prompt import add_roles, encode_dialogue
+from dialogue.train import show
 
 CASES = SHARED / "cases"
 
@@ -540,3 +546,34 @@ def test_a_folder_whose_name_is_not_utf8(tmp_path):
     corpus = load_corpus(os.fsdecode(folder))
     assert sum(sizes(corpus)) == 100
     assert all(isinstance(note.encode(), bytes) for note in [corpus.source, *corpus.notes])
+
+
+# ---- Writing without white space ------------------------------------------------------------------------------
+
+
+def test_where_nothing_parts_words_characters_stand_in_their_place():
+    assert words("Hi  there,\n naïve 👋🏽 C++") == ["Hi", "there,", "naïve", "👋🏽", "C++"]
+    assert words("我喜欢茶，and you?") == ["我", "喜", "欢", "茶", "，and", "you?"]
+    assert words("カタカナ") == list("カタカナ") and len(words("สวัสดี")) == 6
+    assert words("안녕 하세요") == ["안녕", "하세요"], "Korean parts its words"
+    tokenizer = byte_tokenizer()
+    add_roles(tokenizer)
+    turns = encode_dialogue(tokenizer, ["你好吗？", "我很好谢谢", "再见", "see you soon"])
+    assert text_size(turns, tokenizer) == (5 + 3, 5 + 12)
+    said = [Reply("我喜欢你我喜欢你", True), Reply("我很好", True), Reply("你去哪里", True)]
+    found = measure(said, ["你好", "你好吗", "你去哪里呢"])(np.arange(3))
+    assert found["words"] == 5 and found["share_that_repeats"] == found["share_that_parrots"] == pytest.approx(1 / 3)
+
+
+def test_leaks_are_seen_where_nothing_parts_words():
+    talk = ["这个周末你想和我们一起去海边吗", "好啊我很想去我们几点出发呢"]
+    corpus = Corpus([talk, ["你好", "再见"]], [["早上好", "早", *talk]], [], "", None, [])
+    assert without_leaks(corpus).train == [["你好", "再见"]]
+
+
+def test_characters_are_whole_in_the_plans_example(capsys):
+    tokenizer = byte_tokenizer()
+    add_roles(tokenizer)
+    row = pack(encode(tokenizer, [["你好 👋🏽", "我很好 🎉"]], 128).pieces, tokenizer, 128, "bot")[0]
+    show.example(Console(width=200), tokenizer, row)
+    assert "<USER>你好 👋🏽<END><BOT>我很好 🎉<END>" in capsys.readouterr().out

@@ -302,3 +302,18 @@ def test_a_full_disk_is_said_beforehand(source, tmp_path, monkeypatch):
         model = torch.nn.Linear(4, 4)
         model.num_parameters = lambda: 20
         runs.check_space(model, run_of("--output_dir", str(tmp_path / "checkpoints")))
+
+
+def test_a_signal_behind_the_last_checkpoint_names_the_step_that_is_saved(source, tmp_path, monkeypatch, capsys):
+    on_train_end = progress.Progressed.on_train_end
+
+    def end_and_stop(self, *arguments, **keywords):
+        on_train_end(self, *arguments, **keywords)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(progress.Progressed, "on_train_end", end_and_stop)
+    assert run(source, tmp_path, "--max_steps", "3", "--save_strategy", "no") == 143
+    assert "stopped before anything was saved" in capsys.readouterr().err
+    assert run(source, tmp_path, "--max_steps", "3", "--save_steps", "2") == 143
+    newest = runs.checkpoints(tmp_path / "checkpoints")[0].name
+    assert f"stopped and saved at step {newest.removeprefix('checkpoint-')} of 3" in capsys.readouterr().err

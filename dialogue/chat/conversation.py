@@ -63,8 +63,8 @@ class Conversation:
         With `best_of` above 1 (0: `Model.quick_candidates`) the answer that fits best of so many is given
         (`dialogue/chat/rerank.py`), after an empty piece with each token. At temperature 0 one is drawn.
         Stops at <END>, after `max_t` tokens, at the end of the context, or when the caller closes the
-        iterator; what was said until then is kept. Raises UserError for a message that does not fit into the
-        context, and for a model whose logits are not numbers; the conversation is then as it was before.
+        iterator; what was said until then is kept, and other threads' conversations with this model wait. Raises
+        UserError for a message that is too long and logits that are no numbers; all is then as it was before.
         """
         turn, spent = self._turn(0, message), len(self._turn(0, with_persona(self.persona, ""))) - 2
         free = self.limit - len(turn) - spent - 2  # <BOT> and <END> of the answer

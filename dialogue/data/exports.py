@@ -208,7 +208,7 @@ def _of_json(messages: list[dict[str, Any]]) -> list[Message]:
     for one in messages:
         author = one["author"] if "timestamp" in one else {"name": one.get("from") or one.get("from_id")}
         date = datetime.datetime.fromisoformat(re.sub(r"\.\d+|Z$", "", one.get("timestamp") or one["date"]))
-        minute = date.replace(tzinfo=date.tzinfo or datetime.timezone.utc).timestamp() / 60
+        minute = date.replace(tzinfo=date.tzinfo or datetime.UTC).timestamp() / 60
         parts = "" if "forwarded_from" in one else one.get("content", one.get("text", ""))
         text = "".join(part if isinstance(part, str) else part["text"] for part in parts)
         who = _speaker(str(author.get("nickname") or author["name"])) if one["type"] in SAID else ""

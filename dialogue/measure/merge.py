@@ -203,9 +203,9 @@ def finish(folder: Path, adapters: Path, certificate: dict[str, Any], fitted: Fi
 def write_sampler(folder: Path, sampling: Sampling, max_t: int) -> None:
     """Put the settings into the merged model's `generation_config.json`, which other engines go by."""
     config = GenerationConfig.from_pretrained(folder)
-    config.update(do_sample=sampling.temp > 0, repetition_penalty=sampling.repetition_penalty, max_new_tokens=max_t)
-    if config.do_sample:  # else transformers refuses to save what only matters to a draw
-        config.update(temperature=sampling.temp, top_k=sampling.top_k, top_p=sampling.top_p)
+    drawn = {"temperature": sampling.temp, "top_k": sampling.top_k, "top_p": sampling.top_p} if sampling.temp else {}
+    penalty = sampling.repetition_penalty  # the only one that transformers lets stand beside greedy choices
+    config.update(do_sample=bool(drawn), **drawn, repetition_penalty=penalty, max_new_tokens=max_t)
     config.save_pretrained(folder)
 
 
@@ -213,8 +213,8 @@ def read_sampler(folder: Path) -> Sampling:
     """The settings that `write_sampler` wrote. Raises UserError where there are none."""
     try:
         config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        if not config.do_sample:
-            return Sampling(temp=0, repetition_penalty=config.repetition_penalty)
+        if config.do_sample is False:
+            return Sampling(0.0, repetition_penalty=config.repetition_penalty)
         return Sampling(config.temperature, config.top_k, config.top_p, 0.0, config.repetition_penalty)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} has no fitted sampler in its generation_config.json") from error

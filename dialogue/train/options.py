@@ -139,7 +139,8 @@ def settings_of(adapters: Path) -> tuple[dict[str, Any], LoraConfig]:
 def check_kept(run: Run) -> None:
     """Raises UserError where the run would replace what its own result refers to, by whatever path or link."""
     for source, folder in product((run.base_model, run.dataset), (run.adapters, run.merged)):
-        if os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(folder)):
+        inside = os.path.exists(source) and Path(os.path.realpath(source)).is_relative_to(os.path.realpath(folder))
+        if inside and (folder / storage.RUN_FILE).is_file():  # what is no run's result is refused in any case
             raise UserError(f"{folder} would be replaced, and {source} is in it: choose another folder for the result")
 
 
