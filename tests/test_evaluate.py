@@ -369,9 +369,6 @@ def test_fitted_settings_reach_the_chat(base, tuned, monkeypatch):
     assert main.fitted(str(tuned)) == {
         "max_t": 50, "temp": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.2,
     }  # fmt: skip
-    merge.write_sampler(tuned, Sampling(temp=0, repetition_penalty=1.06), 50)
-    assert merge.read_sampler(tuned) == Sampling(temp=0, repetition_penalty=1.06)
-    assert main.fitted(str(tuned)) == {"max_t": 50, "temp": 0, "repetition_penalty": 1.06}
 
 
 def test_a_fit_that_finds_greedy_choices_best_is_written_and_read(tmp_path):
