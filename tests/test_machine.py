@@ -70,3 +70,19 @@ def test_a_cpus_dtype_is_what_it_can_multiply_and_no_clock_decides(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         assert machine.pick_dtype(CPU) == dtype
     assert machine.pick_dtype(torch.device("mps")) == torch.float32
+
+
+def test_on_windows_a_full_gpu_is_out_of_memory_instead_of_slow(monkeypatch):
+    """The driver is told what is free now; elsewhere, and on a CPU, nothing is asked."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6_000_000_000, 8_000_000_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1_000_000_000)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *values: asked.append(values))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(sys, "platform", "linux")
+    machine.stay_on(gpu)
+    monkeypatch.setattr(sys, "platform", "win32")
+    machine.stay_on(torch.device("cpu"))
+    assert asked == []
+    machine.stay_on(gpu)
+    assert asked == [(0.875, gpu)]

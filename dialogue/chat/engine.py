@@ -158,6 +158,7 @@ def load(name: str, precision: str = "auto", device: str | None = None) -> Model
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     where = torch.device(device) if device else machine.pick_device()
+    machine.stay_on(where)
     for note in [] if device else machine.gpu_notes():
         print(note, file=sys.stderr)
     dtype = None if precision == "auto" or where.type == "cpu" else _dtype(where, precision)

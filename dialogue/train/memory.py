@@ -126,6 +126,7 @@ def choose(load: Load, run: Run, device: torch.device) -> Fit:
     then int8 weights, are the price, unless a flag or an edited value decides. On a GPU a model of a billion
     parameters is taken in 16 bits only where a whole step fits at once: little memory is what `quant_config` is for.
     """
+    machine.stay_on(device)
     dtype = machine.gather(machine.pick_dtype(device))[0]
     free = min(machine.gather(machine.free_memory(device, run.arguments.world_size)))
     weights = count_weights(load.config)
