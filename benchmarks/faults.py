@@ -1,11 +1,12 @@
 """Kill, starve and damage a small real run, and see whether anything is lost.
 
-    python benchmarks/faults.py               5 kills, and every fault at every file: some minutes
-    python benchmarks/faults.py --kills 50    the goal
+    python benchmarks/faults.py                          5 kills, and every fault at every file: some minutes
+    python benchmarks/faults.py --kills 50 --pairs 20    the goal
 
 Each kill is a SIGKILL at a random moment of a run from its first step to its last file. The same command is then
-started again, and has to end with bitwise the adapters and the merged model of a run that nobody killed. Runs on
-the CPU, with dropout. Starting Python takes longer than the run, so runs are forks of this warmed-up process.
+started again, and has to end with bitwise the adapters and the merged model of a run that nobody killed. Of two runs
+that are started into the same folders at random offsets, one goes on as if it were alone. Runs on the CPU, with
+dropout. Starting Python takes longer than the run, so runs are forks of this warmed-up process.
 """
 
 import argparse
@@ -48,7 +49,7 @@ class Bench:
     """A folder with a base model and data, in which runs are started."""
 
     def __init__(self, home: Path) -> None:
-        self.home = home
+        self.home, self.seconds = home, 0.0  # that a run takes alone
         home.chmod(0o755)  # also for who has no rights
         save_random_gpt2(home / "base", byte_tokenizer())
         with (home / "talk.jsonl").open("w") as file:
@@ -66,15 +67,15 @@ class Bench:
             str(folder / "checkpoints"), *more,
         ]  # fmt: skip
 
-    def start(self, folder: Path, *more: str, before: Callable[[], object] = lambda: None) -> int:
-        """Fork a run that writes into folder/log; its process id."""
+    def start(self, folder: Path, *more: str, before: Callable[[], object] = lambda: None, to: str = "log") -> int:
+        """Fork a run that writes into folder/`to`; its process id."""
         folder.mkdir(exist_ok=True)
         sys.stdout.flush()
         if child := os.fork():
             return child
         code = 99
         try:
-            log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(folder / to, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1), os.dup2(log, 2)
             before()
             code = exit_code(lambda: script.main(self.flags(folder, *more)))
@@ -150,7 +151,7 @@ def kill_at_random(bench: Bench, kills: int, chance: random.Random) -> None:
     wait_until(child, lambda: "Repeat this run" in log(whole), whole)
     ready = time.monotonic() - began  # loading and rehearsing; nothing is written until then
     assert exit_code_of(child) == 0, log(whole)
-    length = time.monotonic() - began
+    bench.seconds = length = time.monotonic() - began
     expected = results(whole)
     check_nothing_left(whole)
     print(f"a run takes {length:.1f} s, {ready:.1f} s of it before the first step", flush=True)
@@ -169,6 +170,27 @@ def kill_at_random(bench: Bench, kills: int, chance: random.Random) -> None:
         check_nothing_left(folder)
         shutil.rmtree(folder)
     print(f"{kills} of {kills} kills resumed to bitwise the same result: {dict(moments)}", flush=True)
+
+
+def start_in_pairs(bench: Bench, pairs: int, chance: random.Random) -> None:
+    """`pairs` times two runs into the same folders: one goes on, the other says in a line why not."""
+    refused: Counter[str] = Counter()
+    for number in range(pairs):
+        folder = bench.home / f"pair-{number}"
+        children = [bench.start(folder, to="first")]
+        time.sleep(chance.choice((0.0, chance.uniform(0, 0.7 * bench.seconds))))
+        children.append(bench.start(folder, to="second"))
+        codes = [exit_code_of(child) for child in children]
+        said = {name: (folder / name).read_text() for name in ("first", "second")}
+        assert sorted(codes) == [0, 2], (codes, said)
+        last = list(said.values())[codes.index(2)].strip().splitlines()[-1]
+        assert last.startswith("error: ") and "Traceback" not in last, said
+        assert f"is being written by process {children[codes.index(0)]}, started" in last, last
+        refused[list(said)[codes.index(2)]] += 1
+        assert results(folder) == results(bench.home / "whole"), f"{folder}: another result"
+        check_whole(folder)
+        shutil.rmtree(folder)
+    print(f"{pairs} of {pairs} pairs: one went on to bitwise the same result; refused: {dict(refused)}", flush=True)
 
 
 def stopped_run(bench: Bench, name: str) -> Path:
@@ -288,12 +310,14 @@ def main(argv: list[str] | None = None) -> None:
     """All of it; raises AssertionError at the first loss."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=2, help="of runs into the same folders (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(argv)
     chance = random.Random(flags.seed)
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(Path(home))
         kill_at_random(bench, flags.kills, chance)
+        start_in_pairs(bench, flags.pairs, chance)
         damage_each_file(bench, chance)
         take_permission(bench)
         if os.geteuid() == 0:

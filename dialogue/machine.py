@@ -72,8 +72,8 @@ def free_memory(device: torch.device, processes: int = 1) -> int:
 
 
 def stay_on(device: torch.device) -> None:
-    """Let a GPU that is full be out of memory on Windows too. Its driver would move memory into the computer's instead,
-    at a fifth to a twentieth of the speed (NVIDIA, "System Memory Fallback for Stable Diffusion")."""
+    """Let a GPU that is full be out of memory on Windows too: from 536.40 on, NVIDIA's driver there goes on in the
+    computer's memory, many times slower ("CUDA - Sysmem Fallback Policy" in its control panel)."""
     if sys.platform == "win32" and device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         torch.cuda.set_per_process_memory_fraction((free + torch.cuda.memory_reserved(device)) / total, device)

@@ -119,7 +119,7 @@ def test_figures_of_few_dialogues_say_so_wherever_they_stand(home, capsys):
     adapters, merged = ((home / f"gpt2-dialogue-{name}/README.md").read_text() for name in ("lora", "full"))
     for card in (adapters, merged):
         assert re.search(f"How good it is\\s+On the replies of \\d+ validation dialogues; {said}", card)
-    assert re.search(rf"\(`main.py --sampler fitted`\); {said}", merged)
+    assert re.search(rf"{said}; `main.py` starts with them", merged)
 
 
 def test_a_login_that_is_missing_is_said_before_the_rehearsal(home, capsys, monkeypatch):

@@ -129,7 +129,7 @@ def _sampler(fitted: Fitted) -> str:
     return f"""## Sampler
 
 `generation_config.json` has the settings whose replies to {fitted.contexts} contexts were most like people's:
-{settings} (`main.py --sampler fitted`){rough(fitted.contexts)}.
+{settings}{rough(fitted.contexts)}; `main.py` starts with them.
 
 {markdown_table(["replies", *fitted.figures], rows)}
 
