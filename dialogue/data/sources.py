@@ -1,19 +1,15 @@
 """Where dialogues come from: the hub, the package index, files and folders. `load_corpus` knows them all."""
 
-import hashlib
-import html
-import itertools
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dialogue import hub, wheels
+from dialogue import hub
+from dialogue.data import chitchat
 from dialogue.data.cleaning import clean, looks_tokenised
-from dialogue.data.corpus import SPLITS, Corpus, Dialogues, counted, hold_out, rough, split_by_name, split_of
+from dialogue.data.corpus import SPLITS, Corpus, Dialogues, counted, hold_out, rough, split_by_name
 from dialogue.data.exports import SILENCE
 from dialogue.data.readers import EOU, SUFFIXES, NoDialogues, Parts, Record, faults_named, read_records, shown, walk
 from dialogue.data.records import to_dialogues, wanted_columns
@@ -33,8 +29,6 @@ SOURCES = [
     ("roskoN/dailydialog", "main", "{split}.zip"),
 ]
 KNOWN = ("dailydialog", "chitchat")  # data sets by name; English
-EPISODE = 8  # turns of a chitchat dialogue: four messages and their replies
-EPISODE_WORDS = 20  # of a turn, at most: whoever learns from longer ones rambles, and then repeats himself
 
 
 def load_corpus(dataset: str, bot: str | None = None, silence: float = SILENCE) -> Corpus:
@@ -49,7 +43,7 @@ def load_corpus(dataset: str, bot: str | None = None, silence: float = SILENCE) 
     if bot and dataset in KNOWN:
         raise UserError(f"--bot {bot} names a speaker of your own chats, and {dataset} has no names: leave it out")
     if dataset in KNOWN:
-        return _chitchat() if dataset == "chitchat" else _dailydialog()
+        return chitchat.load() if dataset == "chitchat" else _dailydialog()
     # os.path and not Path: a name too long, or a folder that may not be entered, is False there and no exception.
     path = os.path.expanduser(dataset)
     if dataset and os.path.exists(path):
@@ -199,55 +193,3 @@ def _dailydialog() -> Corpus:
         "use `--preset starter`, which needs the Python package index only, or `--dataset PATH` with a copy of "
         f"yours. Tried {'; '.join(failures)}"
     )
-
-
-def _chitchat() -> Corpus:
-    """The Chit-Chat Challenge: 7,168 conversations between students, from the package index (MIT).
-
-    A conversation runs to 41 turns in the mean; it becomes episodes of `EPISODE` turns, all the openings
-    before all the second episodes and so on, in the order of a hash: the first N training dialogues are N
-    different conversations, from the start, which is where every chat with the bot is.
-    """
-    conversations = json.loads(wheels.fetch(wheels.CHITCHAT).read_text(encoding="utf-8"))
-    episodes: dict[str, list[tuple[int, list[str]]]] = {name: [] for name in SPLITS}
-    short = disliked = wordy = 0
-    for identifier in sorted(conversations, key=lambda name: hashlib.sha256(name.encode()).hexdigest()):
-        turns = _chat_turns(conversations[identifier]["messages"])
-        ratings = (conversations[identifier].get("ratings") or {}).values()
-        if len(turns) < 4:
-            short += 1
-        elif ratings and sum(map(int, ratings)) < 5 * len(ratings):
-            disliked += 1
-        else:
-            cut = [(start, turns[start : start + EPISODE]) for start in range(0, len(turns) - 1, EPISODE)]
-            brief = [(start, part) for start, part in cut if max(len(turn.split()) for turn in part) <= EPISODE_WORDS]
-            wordy += len(cut) - len(brief)
-            episodes[split_of(identifier)] += brief
-    found = {name: [turns for _, turns in sorted(found, key=lambda e: e[0])] for name, found in episodes.items()}
-    notes = [
-        f"{short:,} conversations of fewer than four turns left out",
-        f"{disliked:,} that their own speakers rated below 5 of 10 left out",
-        f"the others cut into episodes of {EPISODE} turns",
-        f"{wordy:,} episodes with a turn of more than {EPISODE_WORDS} words left out",
-    ]
-    return Corpus(**found, source="chitchat-dataset 0.9.0", licence="MIT", notes=notes)
-
-
-def _chat_turns(groups: list[list[dict[str, Any]]]) -> list[str]:
-    """Groups of messages of one sender -> turns, each on one line, since a terminal shows one reply."""
-    messages = [(group[0]["sender"], message["text"]) for group in groups for message in group]
-    said = [(sender, text) for sender, raw in messages if (text := " ".join(html.unescape(raw).split()))]
-    return [_one_line(text for _, text in turn) for _, turn in itertools.groupby(said, lambda one: one[0])]
-
-
-def _one_line(messages: Iterable[str]) -> str:
-    """["just woke up", "Any plans?"] -> "just woke up. Any plans?"; a return before a capital stood for a full stop.
-
-    Of the 103,000 returns inside a turn, 36 % follow a sign, 34 % part a letter from a capital (a sentence
-    ends there), and 30 % a letter from a small letter (mostly the sentence goes on). A smiley ("XD") takes none.
-    """
-    line = ""
-    for message in filter(None, messages):
-        ends = re.search(r"(?:^|\s)[\w'-]*[a-z0-9]$", line) and message[0].isupper()
-        line += (". " if ends else " " if line else "") + message
-    return line
