@@ -25,8 +25,8 @@ from rich.text import Text
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS, ROWS = 90, 60
 SAID = [
-    "Hello, how are you doing today?", "What did you do this weekend?", "I have an exam tomorrow.", "/why",
-    "/set temp 0.6", "Any advice for me?", "exit",
+    "Hello, how are you doing today?", "I love pizza.", "I have an exam tomorrow.", "I am so tired of studying.",
+    "My dog died yesterday.", "/why", "exit",
 ]  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seed", default="1")
     parser.add_argument("--pause", type=float, default=15.0, help="seconds of stillness that end a reply")
     flags = parser.parse_args()
-    command = [sys.executable, "main.py", "--model", str(Path(flags.model).resolve()), "--seed", flags.seed]
+    command = [sys.executable, "main.py", "--model", flags.model, "--seed", flags.seed, "--private"]
     screen = record(command, SAID, flags.pause)
     (ROOT / "docs").mkdir(exist_ok=True)
     (ROOT / "docs/session.svg").write_text(to_svg(screen, "python main.py"), encoding="utf-8")

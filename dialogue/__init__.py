@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 
+__version__ = "0.2.0"
+
 # Of several GPUs only torchrun uses more than the first. Without it Trainer would put as many micro-batches into one
 # as it sees GPUs (`TrainingArguments.n_gpu`), which is neither what was rehearsed nor what was asked for.
 given_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")

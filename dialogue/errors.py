@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dialogue import __version__
 from dialogue.plaintext import plain
 
 
@@ -34,6 +35,11 @@ class Stopped(KeyboardInterrupt):
 
 class Parser(argparse.ArgumentParser):
     """Flags whose mistakes are a UserError: one line, and not the usage before it."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        if self.add_help:
+            self.add_argument("--version", action="version", version=f"gpt2-dialogue {__version__}")
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")

@@ -128,6 +128,18 @@ def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):  #
     assert run(capsys, "--model", str(folder), "--sampler", "fitted")[0] == 2
 
 
+def test_both_scripts_say_their_version(capsys):
+    import Fine_tuningmodel as script
+    from dialogue import __version__
+
+    for main in (chat.main, script.main):
+        with pytest.raises(SystemExit) as end:
+            main(["--version"])
+        assert end.value.code == 0 and capsys.readouterr().out == f"gpt2-dialogue {__version__}\n"
+    changelog = (MAIN.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert changelog.split("\n## ")[1].startswith(f"{__version__} (")
+
+
 def test_the_unedited_settings_are_those_that_stand_in_the_signature():
     assert chat.settings() == chat.UNEDITED
 
