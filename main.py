@@ -143,7 +143,7 @@ def find_model(name: str) -> str:
     storage.recover(folder)
     if any(os.path.isfile(folder / file) for file in ("config.json", "adapter_config.json")):
         return name
-    if checkpoint := storage.newest_checkpoint(folder):
+    if os.path.isdir(folder) and (checkpoint := storage.newest_checkpoint(folder)):
         return str(checkpoint)
     if name == model_dir or os.path.exists(name) or name.startswith((".", "/")):
         raise UserError(
@@ -155,7 +155,7 @@ def find_model(name: str) -> str:
 
 def fitted(model: str) -> dict[str, Any]:
     """Settings from the generation_config.json of a model that was trained here, as far as it has them."""
-    if not Path(model, storage.RUN_FILE).is_file():
+    if not all(os.path.isfile(Path(model, file)) for file in (storage.RUN_FILE, "generation_config.json")):
         return {}
     names = {"temperature": "temp", "max_new_tokens": "max_t"}
     values = storage.read_json(Path(model, "generation_config.json"), {})

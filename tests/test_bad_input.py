@@ -585,7 +585,8 @@ def test_a_wrong_generation_config(content, merged, here, capsys):
     shutil.copytree(merged, here / "model")
     (here / "model" / storage.MANIFEST).unlink()
     write("model/generation_config.json", content)
-    assert say("--model", "./model", "--sampler", "fitted") == 2
+    write("model/run.json", "{}")
+    assert say("--model", "./model") == 2
     one_line(capsys.readouterr(), "generation_config|temp must be")
 
 

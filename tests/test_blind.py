@@ -45,6 +45,7 @@ def test_bots_with_settings(tmp_path):
     assert blind.parse_bot("a/b:temp=0,top_k=3") == ("a/b", {"temp": 0, "top_k": 3})
     with pytest.raises(UserError, match="no setting"):
         blind.parse_bot("a:temp=cold")
+    (tmp_path / "run.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text(json.dumps({"temperature": 0.3, "max_new_tokens": 9}))
     assert blind.parse_bot(f"{tmp_path}:fitted") == (str(tmp_path), {"temp": 0.3, "max_t": 9})
 

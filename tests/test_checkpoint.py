@@ -14,7 +14,8 @@ from conftest import byte_tokenizer, save_random_gpt2
 from helpers import run_of
 
 import Fine_tuningmodel as script
-from dialogue import storage
+import main
+from dialogue import models, storage
 from dialogue.data.corpus import own_openers
 from dialogue.data.sources import load_corpus
 from dialogue.errors import UserError, exit_code
@@ -125,6 +126,34 @@ def test_stopped_anywhere_it_ends_with_bitwise_the_same(source, whole, tmp_path,
     scores = [json.loads((folder / "lora/metrics.json").read_text()) for folder in (tmp_path, whole)]
     assert scores[0]["eval_nats_per_token"] == scores[1]["eval_nats_per_token"]
     assert scores[0]["train_tokens"] == scores[1]["train_tokens"]
+
+
+def test_a_chat_beside_the_training_takes_the_newest_whole_checkpoint_and_changes_nothing(
+    source, whole, tmp_path, monkeypatch, capsys
+):
+    """At the end of step 5; random numbers of its own stand for the process of its own."""
+    on_step_end, home, said = progress.Progressed.on_step_end, tmp_path / "checkpoints", []
+
+    def chat(bar, args, state, control, **keywords):
+        on_step_end(bar, args, state, control, **keywords)
+        if state.global_step == 5:
+            assert main.find_model(str(home)) == str(home / "checkpoint-4")
+            with torch.random.fork_rng():
+                said.append(exit_code(lambda: main.main(["--model", str(home), "--prompt", "Hi", "--max_t", "3"])))
+
+    monkeypatch.setattr(progress.Progressed, "on_step_end", chat)
+    assert run(source, tmp_path) == 0
+    assert said == [0] and "tokens/s, int8" in capsys.readouterr().err
+    assert weights(tmp_path) == weights(whole)
+
+
+def test_a_checkpoint_that_vanishes_while_it_is_loaded_is_one_line(stopped, tmp_path, monkeypatch, capsys):
+    home = copy_of(stopped, tmp_path) / "checkpoints"
+    newest = runs.checkpoints(home)[0]
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *args: (shutil.rmtree(newest), load(*args))[1])
+    assert exit_code(lambda: main.main(["--model", str(home), "--prompt", "Hi"])) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_sample_replies_are_shown_and_change_nothing(source, whole, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from dialogue.errors import UserError
 LONGEST_TURN = 100_000  # characters: far more than any model's context
 
 ONE_TURN = "dialogues of fewer than two turns left out"
-SYSTEM = "system messages amid a dialogue left out"
+SYSTEM = "system messages left out"
 TOOL = "messages of tools left out"
 UNANSWERED = "last messages without an answer left out"
 CROWDED = "dialogues of more than two speakers left out"
