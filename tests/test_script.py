@@ -184,7 +184,7 @@ def test_a_chat_is_planned_with_what_was_left_out_as_counts(random_gpt2, tmp_pat
     script.main([*flags, "--bot", "Bo"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "lines with an e-mail address left out: 28" in printed and "example.org" not in printed
-    assert "figures on so few validation dialogues (2) are rough" in printed and "--num_train_epochs" in printed
+    assert "figures of so few dialogues (2) are rough" in printed and "--num_train_epochs" in printed
 
 
 def test_in_8_bit_on_a_cpu(random_gpt2, talk, tmp_path, monkeypatch):
