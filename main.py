@@ -110,7 +110,8 @@ def parse(argv: list[str] | None) -> Namespace:
     )
     parser = Parser(prog="main.py", description=what, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default=model_dir, metavar="DIR", help=f"merged model, adapters, or hub name (default: {model_dir})")
+    add("--model", default=model_dir, metavar="DIR",
+        help=f"merged model, adapters, a training's checkpoints, or hub name (default: {model_dir})")  # fmt: skip
     add("--prompt", metavar="TEXT", help="print one reply, on one line, and end")
     for name, default in settings().items():
         kind = int if name in WHOLE_NUMBERS else float
