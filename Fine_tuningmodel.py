@@ -25,7 +25,7 @@ from dialogue import hub, machine, models, storage
 from dialogue.data import corpus, sources
 from dialogue.measure import merge
 from dialogue.prompt import add_roles
-from dialogue.train import lora, memory, options, record, rows, runs, show, speedups, teach, trainer
+from dialogue.train import lora, memory, options, progress, record, rows, runs, show, speedups, teach, trainer
 from dialogue.train import plan as planning
 
 # ---- Editable values ---------------------------------------------------------------------------------
@@ -109,11 +109,11 @@ def main(argv: list[str] | None = None) -> None:
     writes = not run.plan_only and not run.arguments.process_index  # the first process writes, a plan does not
     if writes:
         hub.check_login(run.arguments)
-    with storage.locked(*(run.adapters, run.merged, run.checkpoints) if writes else ()):
-        fine_tune(run)
+    with storage.locked(*(run.adapters, run.merged, run.checkpoints) if writes else ()), progress.Finishing() as told:
+        fine_tune(run, told)
 
 
-def fine_tune(run: options.Run) -> None:
+def fine_tune(run: options.Run, told: progress.Finishing) -> None:
     """Dialogues -> rows -> rehearsal and plan -> adapters -> merged model with its certificate."""
     device, console = machine.pick_device(), Console(quiet=run.arguments.process_index > 0)
     show.line(console, "\n".join(machine.gpu_notes(training=True)))
@@ -151,22 +151,26 @@ def fine_tune(run: options.Run) -> None:
         trained = trainer.train(model, tokenizer, plan, run, written, begun.checkpoint)
         show.lessons(console, run, prepared.lessons, untaught, teach.ask(model, tokenizer, prepared.lessons), trained)
         if not run.arguments.process_index:
+            told("conversations, adapters")
             with storage.whole_folder(run.adapters) as folder:  # appears whole, or not at all
                 record.write_adapters(folder, model, tokenizer, run, plan, dialogues, trained, written)
     if run.arguments.process_index:
         return  # the first process writes
 
     # Merge into a fresh 16-bit base, and compare what came out with what was trained
+    told("certificate: the trained model")
     witness = merge.witness_of(model, prepared.certificate, tokenizer.pad_token_id)
     del base, model
     with storage.whole_folder(run.merged) as folder:
+        told("merge")
         merge.write(run.base_model, run.adapters, tokenizer, folder)
         certificate, fitted = merge.judge(
             witness, folder, prepared.certificate, dialogues.validation, tokenizer.pad_token_id, fit.dtype, device,
-            fit.in_8bit, run.arguments.seed,
+            fit.in_8bit, run.arguments.seed, told,
         )  # fmt: skip
         merge.finish(folder, run.adapters, certificate, fitted)
     runs.clear(run.checkpoints)
+    told.close()
     show.result(console, run, certificate)
     if run.arguments.push_to_hub:
         uploaded = hub.push(run.adapters, run.merged, run.arguments)

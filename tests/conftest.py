@@ -6,6 +6,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Small models gain nothing from threads, and two processes with two threads each on two cores lose much.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One cache of compiled loops, also for processes that a test gives a home of their own: seconds each.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path.home() / ".cache" / "gpt2-dialogue" / "compiled"))
 
 import pytest
 import torch

@@ -34,11 +34,11 @@ from dialogue.data import packing
 from dialogue.data.corpus import Corpus, fold, without_leaks, without_overlap
 from dialogue.data.sources import load_corpus
 from dialogue.errors import UserError, exit_code
-from dialogue.measure import fitting, listening, merge, replies
+from dialogue.measure import fitting, likelihood, listening, merge, replies
 from dialogue.measure.likelihood import Score, bootstrap, hold_out, score_each
 from dialogue.measure.replies import OPENERS, Context, converse, find_contexts, measure
 from dialogue.models import load_base
-from dialogue.prompt import add_roles
+from dialogue.prompt import add_roles, find_roles
 from dialogue.train import lora, speedups
 
 TALK = [
@@ -88,7 +88,9 @@ def test_figures_of_a_score_by_hand():
 def test_each_dialogue_is_scored_on_its_reply_tokens_as_transformers_scores_it(base):
     model, tokenizer = base
     pieces = packing.encode(tokenizer, TALK, 256).pieces
-    scores = score_each(model, pieces, tokenizer, batch_tokens=80)
+    scores = score_each(model, pieces, tokenizer)
+    rows = [packing.to_row(turns, "bot", find_roles(tokenizer).bot) for turns in pieces]
+    assert np.allclose(likelihood.nats_of_each(model, rows, batch_tokens=80), scores[:, :2], rtol=1e-5)  # other batches
     for turns, (nats, tokens, _words, _characters) in zip(pieces, scores, strict=True):
         ids = torch.tensor([[token for turn in turns for token in turn]])
         labels = ids.clone()
@@ -350,6 +352,11 @@ def test_replies_to_their_own_messages_have_more_mutual_information():
     own, others = THINGS, [*THINGS[1:], THINGS[0]]
     more, less = (listening.mutual_information(model, tokenizer, turns, said) for said in (own, others))
     assert more > less + 0.1
+    style, each = listening.our_format(tokenizer), [[place] for place in range(len(own))]
+    after = np.concatenate(listening.score_replies(model, style, turns, own, each))
+    alone = np.concatenate(listening.score_replies(model, style, [[listening.NOTHING]] * len(own), own, each))
+    lengths = [len(style.reply(text)) for text in own]
+    assert more == pytest.approx(((after - listening.LAMBDA * alone) / lengths).mean(), abs=1e-4)
 
 
 def test_fitted_settings_reach_the_chat(base, tuned, monkeypatch):

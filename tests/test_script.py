@@ -18,6 +18,7 @@ from dialogue.data.sources import DAILYDIALOG_LICENCE, load_corpus
 from dialogue.errors import UserError, exit_code
 from dialogue.measure.report import write_card
 from dialogue.models import STARTER, load_base
+from dialogue.train import progress
 
 TALK = [
     ["Hello, how are you?", "I'm fine, thank you.", "Good to hear.", "And you?"],
@@ -161,6 +162,18 @@ def test_pasted_training_arguments_work(random_gpt2, talk, tmp_path, monkeypatch
     script.main(["--base_model", str(random_gpt2), "--dataset", str(talk), "--max_train_dialogues", "8"])
     assert AutoModelForCausalLM.from_pretrained("gpt2-dialogue-full").num_parameters() > 0
     assert (pasted.num_train_epochs, pasted.learning_rate) == (5, 1e-4), "the editable value was changed"
+
+
+def test_what_follows_the_last_step_is_said_with_the_time_that_is_left(capsys):
+    with progress.Finishing() as told:
+        told("certificate: the trained model")  # a run that goes on has its adapters already
+        told.began -= 1400
+        told("sampler")
+        (task,) = told.bar.tasks
+        assert task.fields["left"] == "30 min"  # 0.39 of all took 1400 s, 0.5 is left
+    assert capsys.readouterr().err.splitlines() == [
+        "after the last step: certificate: the trained model", "after the last step: sampler"
+    ]  # fmt: skip
 
 
 def test_plan_writes_nothing(random_gpt2, talk, tmp_path, monkeypatch, capsys):

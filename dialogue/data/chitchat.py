@@ -96,6 +96,6 @@ def _one_line(messages: Iterable[str]) -> str:
     """
     line = ""
     for message in filter(None, messages):
-        ends = re.search(r"(?:^|\s)[\w'-]*[a-z0-9]$", line) and message[0].isupper()
+        ends = message[0].isupper() and re.fullmatch(r"[\w'-]*[a-z0-9]", line.rpartition(" ")[2])
         line += (". " if ends else " " if line else "") + message
     return line

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,14 +49,15 @@ def cost(bot: Figures, human: Figures) -> float:
 
 
 def fit(
-    model: Any, tokenizer: PreTrainedTokenizerBase, dialogues: Dialogues, seed: int, contexts: int = 64, max_t: int = 50
-) -> Fitted:
+    model: Any, tokenizer: PreTrainedTokenizerBase, dialogues: Dialogues, seed: int, contexts: int = 48,
+    max_t: int = 50, told: Callable[[str, float], Any] = lambda *_: None,
+) -> Fitted:  # fmt: skip
     """Sweep the settings on short contexts of `dialogues`, with the same random numbers for each of them.
 
     A model that leaves most replies unfinished keeps the defaults: no sampler helps it.
     """
     found = find_contexts(dialogues, contexts, seed, longest=3)  # short ones: most of the time goes into replies
-    turns = [context.turns for context in found]
+    turns, seen = [context.turns for context in found], list[Sampling]()
 
     def figures(replies: list[Reply]) -> Figures:
         fits = mutual_information(model, tokenizer, turns, [reply.text for reply in replies])
@@ -63,6 +65,8 @@ def fit(
         return {**of_all, "mutual_information": fits}
 
     def tried(sampling: Sampling) -> Figures:
+        told("sampler", len(seen) / (1 + sum(map(len, SWEEP))))
+        seen.append(sampling)
         return figures(answer(model, tokenizer, turns, sampling, max_t, seed))
 
     human = figures([Reply(context.human, True) for context in found])

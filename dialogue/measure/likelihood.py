@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue.data.corpus import words
 from dialogue.data.packing import IGNORED, Row, UnlearnedIds, collate, fill_up, pack, to_row
-from dialogue.measure.loss import head_of, summed_nats
+from dialogue.measure.loss import head_of, hidden_states, summed_nats
 from dialogue.prompt import decode_text, find_roles
 
 
@@ -83,26 +83,31 @@ def text_size(turns: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> tup
     return sum(len(words(reply)) for reply in replies), sum(map(len, replies))
 
 
-@torch.no_grad()
-def score_each(
-    model: nn.Module, pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, batch_tokens: int = 2048
-) -> np.ndarray:
+def score_each(model: Any, pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """(dialogues, 4) float64: the four fields of `Score` for each encoded dialogue, in their order."""
-    bot, device = find_roles(tokenizer).bot, next(model.parameters()).device
-    rows = [to_row(turns, "bot", bot) for turns in pieces]
-    scores = np.array([[0.0, 0, *text_size(turns, tokenizer)] for turns in pieces])
+    bot = find_roles(tokenizer).bot
+    sizes = np.array([text_size(turns, tokenizer) for turns in pieces], dtype=float)
+    return np.hstack([nats_of_each(model, [to_row(turns, "bot", bot) for turns in pieces]), sizes])
+
+
+@torch.no_grad()
+def nats_of_each(model: Any, rows: list[Row], batch_tokens: int = 2048) -> np.ndarray:
+    """(rows, 2) float64: nats of each row's labels, and how many these are. The head is a plain matrix, as
+    `check_loss` in dialogue/train/plan.py makes sure; logits are made where a label is."""
+    device = next(model.parameters()).device
+    found = np.zeros((len(rows), 2))
     waiting = sorted(range(len(rows)), key=lambda index: len(rows[index]["labels"]))
     while waiting:
         size = max(1, batch_tokens // len(rows[waiting[-1]]["labels"]))
         waiting, part = waiting[:-size], waiting[-size:]
         batch = {name: values.to(device) for name, values in collate([rows[i] for i in part], 0).items()}
-        labels = batch.pop("labels")[:, 1:]
+        labels = batch["labels"][:, 1:]
         at = labels != IGNORED
-        logits = model(**batch, use_cache=False).logits[:, :-1][at]
+        logits = model.get_output_embeddings()(hidden_states(model, batch)[:, :-1][at])
         nats = torch.zeros(at.shape, device=device)
         nats[at] = torch.nn.functional.cross_entropy(logits.float(), labels[at], reduction="none")
-        scores[part, 0], scores[part, 1] = nats.double().sum(1).tolist(), at.sum(1).tolist()
-    return scores
+        found[part, 0], found[part, 1] = nats.double().sum(1).tolist(), at.sum(1).tolist()
+    return found
 
 
 class Estimate(NamedTuple):

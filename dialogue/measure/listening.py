@@ -22,7 +22,8 @@ from dialogue.chat.batch import CHAT, Reply, answer
 from dialogue.chat.rerank import LAMBDA, NOTHING
 from dialogue.chat.sampling import Sampling
 from dialogue.data.corpus import Dialogues
-from dialogue.measure.likelihood import Estimate, bootstrap
+from dialogue.data.packing import IGNORED, Row
+from dialogue.measure.likelihood import Estimate, bootstrap, nats_of_each
 from dialogue.measure.replies import Context, measure
 from dialogue.models import context_length
 from dialogue.prompt import encode_dialogue, encode_text, find_roles
@@ -157,10 +158,16 @@ def mutual_information(
 
     By this the chat chooses among candidates. It falls where replies get wild, and where they fit everywhere.
     """
-    style = our_format(tokenizer)
-    after = np.concatenate(score_replies(model, style, contexts, replies, [[own] for own in range(len(replies))]))
-    lengths = np.array([len(style.reply(text)) for text in replies])
-    return float(((after - LAMBDA * _without_context(model, style, replies)) / lengths).mean())
+    style, room, was_training = our_format(tokenizer), context_length(model.config) // 2, model.training
+    rows: list[Row] = []
+    for turns, reply in zip([*contexts, *([NOTHING] for _ in replies)], [*replies, *replies], strict=True):
+        prompt, said = style.prompt(turns)[-room:], style.reply(reply)[:room]
+        labels = [IGNORED] * len(prompt) + said
+        rows.append({"input_ids": prompt + said, "labels": labels, "position_ids": list(range(len(labels)))})
+    model.eval()
+    (after, alone), lengths = (part.reshape(2, -1) for part in nats_of_each(model, rows).T)
+    model.train(was_training)
+    return float(((LAMBDA * alone - after) / lengths[0]).mean())
 
 
 def _without_context(model: Any, style: Format, replies: list[str]) -> np.ndarray:

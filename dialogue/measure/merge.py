@@ -6,7 +6,7 @@ states (some tens of megabytes) with its head; then it can go, and the merged on
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from dialogue.prompt import find_roles
 MAX_PERPLEXITY_CHANGE = {"int8": 0.02, "16-bit": 0.005}
 MAX_KL = {"int8": 0.05, "16-bit": 0.005}  # nats a token
 AT_ONCE = 4  # dialogues in a forward pass
-CHAT_ROWS = 30  # dialogues that the chat's engine is tried on
+CHAT_ROWS = 15  # dialogues that the chat's engine is tried on
 
 
 def write(base_model: str, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -79,14 +79,15 @@ def witness_of(model: Any, rows: list[Row], pad: int) -> Witness:
     """Run `model` over rows of one dialogue each. LoRA is applied as it is saved, in float32."""
     model.eval()
     head, hidden, targets, places = head_of(model), [], [], []
-    for start in range(0, len(rows), AT_ONCE):
-        batch = collate(rows[start : start + AT_ONCE], pad)
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["labels"]))  # alike in length: little padding
+    for part in (order[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)):
+        batch = collate([rows[place] for place in part], pad)
         labels = batch["labels"][:, 1:]
         at = labels != IGNORED
         states = hidden_states(model, {name: of.to(head.weight.device) for name, of in batch.items()})
         hidden.append(states[:, :-1][at.to(states.device)].cpu())
         targets.append(labels[at])
-        places.append(start + at.nonzero()[:, 0])
+        places.append(torch.tensor(part)[at.nonzero()[:, 0]])
     weight = head.weight.detach().cpu().clone()
     weight[head.ids.cpu()] = head.rows.detach().cpu().to(weight.dtype)
     return Witness(torch.cat(hidden), weight, torch.cat(targets), torch.cat(places))
@@ -124,7 +125,7 @@ def certify(trained: Witness, merged: Witness, quantised: bool, device: torch.de
     # probabilities has a mean of KL and, to the same order, a variance of 2 KL. Three standard errors are allowed.
     allowed = MAX_PERPLEXITY_CHANGE[kind] + 3 * math.sqrt(2 * max(kl, 0.0)) / tokens
     certificate = {
-        "dialogues": (dialogues := int(trained.rows[-1]) + 1),
+        "dialogues": (dialogues := int(trained.rows.max()) + 1),
         "rough": dialogues < FEW,
         "reply_tokens": tokens,
         "adapter_perplexity": math.exp(min(adapter / tokens, 700)),
@@ -168,26 +169,29 @@ def certify_chat(merged: PreTrainedModel, rows: list[Row], nats: float, tokens: 
 
 def judge(
     trained: Witness, folder: Path, rows: list[Row], validation: Dialogues, pad: int, dtype: torch.dtype,
-    device: torch.device, quantised: bool, seed: int,
+    device: torch.device, quantised: bool, seed: int, told: Callable[[str, float], Any] = lambda *_: None,
 ) -> tuple[dict[str, Any], Fitted]:  # fmt: skip
     """Load the merged model from `folder`: its certificate, and the sampler's settings fitted on `validation`.
 
-    On the CPU where `device` has too little memory. Raises UserError where it is not the model that was trained.
+    On the CPU where `device` has too little memory. `told` hears which stage begins, and how far it is. Raises
+    UserError where it is not the model that was trained.
     """
     try:
+        told("certificate: the merged model", 0)
         model, tokenizer = load(str(folder), dtype, device)
         found = witness_of(model, rows, pad)
         certificate, nats = certify(trained, found, quantised, device)
+        told("certificate: the chat", 0)
         few = found.rows < CHAT_ROWS
         certificate |= certify_chat(model, rows[:CHAT_ROWS], nats[few].double().sum().item(), int(few.sum()))
-        return certificate, fit(model, tokenizer, validation, seed)
+        return certificate, fit(model, tokenizer, validation, seed, told=told)
     except Exception as error:
         if device.type == "cpu" or not machine.is_out_of_memory(error):
             raise
     print("the GPU has too little memory for the merged model: it is certified on the CPU", file=sys.stderr)
     machine.release_memory()
     cpu = torch.device("cpu")
-    return judge(trained, folder, rows, validation, pad, machine.pick_dtype(cpu), cpu, quantised, seed)
+    return judge(trained, folder, rows, validation, pad, machine.pick_dtype(cpu), cpu, quantised, seed, told)
 
 
 def finish(folder: Path, adapters: Path, certificate: dict[str, Any], fitted: Fitted) -> None:

@@ -247,9 +247,8 @@ def estimate_seconds(
     rehearsal: Rehearsal, training_seconds: float, evaluations: int, held_out: HeldOut, arguments: TrainingArguments
 ) -> float:
     """Seconds of the run: `training_seconds` for its steps, evaluations, the merge's certificate and the sampler."""
-    # Two models on 100 dialogues of some 150 tokens, one at a time, which takes twice as long as in rows; 640 short
-    # replies for the sampler, the model card's conversations, and saving. The constant was fitted on three runs of 2
-    # to 5 minutes on a CPU, which it puts at 0.93 to 1.07 of the time that they took.
-    merging = 4 * min(count_tokens(held_out.rows), 15_000) + 70_000
+    # Two models on the 100 dialogues of the certificate; 340 short replies for the sampler, their likelihoods, the
+    # card's conversations, and saving. Fitted to a run of the starter (benchmarks/first_minute.py).
+    merging = 2 * min(count_tokens(held_out.rows), 15_000) + 50_000
     evaluating = (1 + evaluations) * evaluation_seconds(rehearsal, held_out, arguments)
     return training_seconds + evaluating + merging * rehearsal.seconds / rehearsal.tokens / 2

@@ -1,4 +1,4 @@
-"""What a person sees while a model is trained: a bar, or without a terminal a line for each logged step."""
+"""What a person sees while a model is trained, and after the last step: a bar, or without a terminal lines."""
 
 import os
 import sys
@@ -11,6 +11,47 @@ from transformers import TrainerCallback
 
 from dialogue import machine
 from dialogue.plaintext import plain
+
+# What follows the last step, with its share of the time: measured on the starter (benchmarks/first_minute.py).
+STAGES = {
+    "conversations, adapters": 0.11, "certificate: the trained model": 0.14, "merge": 0.03,
+    "certificate: the merged model": 0.10, "certificate: the chat": 0.12, "sampler": 0.50,
+}  # fmt: skip
+
+
+class Finishing:
+    """Called with a stage and the share of it that is done, says what is being done and how much time is left."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]} left")
+        self.bar, self.stage = Progress(*columns, console=console, transient=True), ""
+        self.task: Any = None
+
+    def __enter__(self) -> "Finishing":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        self.bar.stop()
+
+    def __call__(self, stage: str, share: float = 0.0) -> None:
+        names = list(STAGES)
+        done = sum(STAGES[name] for name in names[: names.index(stage)]) + share * STAGES[stage]
+        if self.task is None:  # a run that goes on may begin with a later stage
+            self.began, self.first = time.perf_counter(), done
+            self.task = self.bar.add_task(stage, total=1 - done, left="?")
+            if self.bar.console.is_terminal:
+                self.bar.start()
+        gone = time.perf_counter() - self.began
+        left = machine.duration(gone / (done - self.first) * (1 - done)) if done > self.first else "?"
+        self.bar.update(self.task, description=stage, completed=done - self.first, left=left)
+        if stage != self.stage and not self.bar.console.is_terminal:
+            print(f"after the last step: {stage}", file=sys.stderr, flush=True)
+        self.stage = stage
 
 
 class Progressed(TrainerCallback):
