@@ -36,7 +36,8 @@ class Finishing:
 
     def close(self) -> None:
         """Take the bar off the screen."""
-        self.bar.stop()
+        if self.bar.live.is_started:  # where there is none, an empty line would be printed
+            self.bar.stop()
 
     def __call__(self, stage: str, share: float = 0.0) -> None:
         names = list(STAGES)
