@@ -132,9 +132,9 @@ def fine_tune(run: options.Run, told: progress.Finishing) -> None:
     # The base model, as precise and as quick as this machine allows, with LoRA and three token rows
     load, before = memory.load_of(run, prepared, tokenizer, device), machine.used_memory(device)
     fit = begun.fit or memory.choose(load, run, device)
-    speedups.keep_freed_memory(not fit.in_8bit)
     base = models.load_base(run.base_model, fit.dtype, device, tokenizer, quant_config if fit.in_8bit else None)
     model = speedups.apply(lora.attach(base, run.lora, tokenizer), run.keep_dropout)
+    machine.keep_freed_memory(not fit.in_8bit)
     if begun.trained or run.teach:  # a stop came between the adapters and the merged model, or lessons come on top
         lora.load(model, run.adapters)
     if not begun.trained:

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIATIONS, metavar="NAME")
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    speedups.keep_freed_memory()
+    machine.keep_freed_memory(True)
     test = sources.load_corpus(script.presets["starter"]["dataset"]).test
     contexts = find_contexts(test, flags.contexts, 0, shortest=3, longest=listening.LONGEST)
     turns, messages = [context.turns for context in contexts], [context.turns[-1] for context in contexts]

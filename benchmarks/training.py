@@ -116,7 +116,7 @@ def measure(peer: str, options: argparse.Namespace) -> dict[str, Any]:
         r=8, lora_alpha=32, lora_dropout=0.05, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM"
     )
     if ours:
-        speedups.keep_freed_memory()
+        machine.keep_freed_memory(True)
     model = lora.attach(base, config, tokenizer)
     if ours:
         speedups.apply(model, keep_dropout=peer != "ours")
@@ -224,7 +224,7 @@ def draw(options: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
     torch.set_num_threads(options.threads)
-    speedups.keep_freed_memory()
+    machine.keep_freed_memory(True)
     tokenizer = models.load_tokenizer(options.base)
     roles = add_roles(tokenizer)
     talk = sources.load_corpus(options.data)

@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerFast
 
+from dialogue.prompt import add_roles
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DAILYDIALOG = SHARED / "dailydialog"
 
@@ -40,6 +42,13 @@ def byte_tokenizer():
     )
 
 
+def dialogue_tokenizer():
+    """GPT-2's, with the role tokens."""
+    tokenizer = gpt2_tokenizer()
+    add_roles(tokenizer)
+    return tokenizer
+
+
 @pytest.fixture
 def tokenizer():
     """A fresh GPT-2 tokenizer, without the role tokens."""
@@ -62,3 +71,9 @@ def save_random_gpt2(folder, tokenizer, layers=2, width=64, heads=4, positions=2
 def random_gpt2(tmp_path_factory):
     """Folder of a 2-layer GPT-2 with random weights: the real architecture, small."""
     return save_random_gpt2(tmp_path_factory.mktemp("base") / "gpt2-tiny", gpt2_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def merged(tmp_path_factory):
+    """Folder of a dialogue model with random weights and a context of 96 tokens."""
+    return save_random_gpt2(tmp_path_factory.mktemp("chat") / "merged", dialogue_tokenizer(), positions=96)

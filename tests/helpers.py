@@ -1,11 +1,19 @@
 """Parts of a training for tests: a `Run` from flags, a `Plan` for rows that are there already, models that know
-some dialogues by heart."""
+some dialogues by heart or have random weights, a message and its reply."""
 
 import torch
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import Fine_tuningmodel as script
+from dialogue.chat.sampling import Sampling
 from dialogue.measure import merge
 from dialogue.measure.likelihood import HeldOut
 from dialogue.models import load_base
@@ -16,6 +24,8 @@ from dialogue.train.memory import Fit
 from dialogue.train.plan import Plan, Rehearsal, count_steps
 from dialogue.train.rows import Rows
 from dialogue.train.trainer import Trained, train
+
+GREEDY = Sampling(temp=0)
 
 
 def run_of(*flags, arguments=None, lora=None, quant=None):
@@ -78,3 +88,77 @@ def memorised(family, tokenizer, folder, talk):
     save(attach(base, lora, tokenizer), tokenizer, folder / "lora")
     merge.write(str(folder / "base"), folder / "lora", tokenizer, folder / "full")
     return folder / "lora", folder / "full"
+
+
+def say(talk, message, max_t=12, sampling=GREEDY):
+    return "".join(talk.reply(message, max_t, sampling))
+
+
+def broken_copy(merged, folder, name, change):
+    """A copy of the model's folder in which one file's bytes went through `change`; None removes it."""
+    for file in merged.iterdir():
+        data = change(file.read_bytes()) if file.name == name else file.read_bytes()
+        if data is not None:
+            (folder / file.name).write_bytes(data)
+    return str(folder)
+
+
+CONTEXT = 80
+WIDE_LLAMA = {
+    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
+}  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+CONFIGS = {
+    "gpt2": GPT2Config(vocab_size=300, n_positions=CONTEXT, n_embd=48, n_layer=3, n_head=4),
+    "llama, three queries a key": LlamaConfig(**WIDE_LLAMA),
+    "llama, wide heads, biases": LlamaConfig(**WIDE_LLAMA, head_dim=16, attention_bias=True, mlp_bias=True),
+    "llama, its own head, stretched": LlamaConfig(**WIDE_LLAMA, tie_word_embeddings=False, rope_parameters=LLAMA3),
+}
+
+
+def random_model(config):
+    """Real architecture, random weights; biases and norms too, which start as 0 and 1."""
+    torch.manual_seed(0)
+    model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+            elif "embed" not in name and "wte" not in name:
+                parameter.mul_(3)
+    return model
+
+
+def tokens(count, seed=1):
+    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+GPT2 = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def base_model(family, size, layers=2):
+    torch.manual_seed(0)
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=size, **GPT2 | {"n_layer": layers}))
+    if family == "llama":
+        llama = LLAMA | {"num_hidden_layers": layers}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=size, attention_dropout=0.1, **llama))
+    return MistralForCausalLM(MistralConfig(vocab_size=size, sliding_window=5, **LLAMA))
+
+
+def attached(base, tokenizer, dropout=0.0, **changes):
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["c_attn", "c_proj"], **changes)
+    config.task_type = "CAUSAL_LM"
+    torch.manual_seed(1)
+    model = attach(base, config, tokenizer)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.05)
+    return model

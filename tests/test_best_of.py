@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_decoder import tokens
-from test_generation import dialogue_tokenizer, merged, say  # noqa: F401 (a fixture)
+from conftest import dialogue_tokenizer
+from helpers import say, tokens
 from transformers import AutoModelForCausalLM
 
 from dialogue.chat import drafts
@@ -23,7 +23,7 @@ ENGINES = ("float32", "int8", "transformers")
 
 
 @pytest.fixture(scope="module")
-def models(merged):  # noqa: F811
+def models(merged):
     peer = AutoModelForCausalLM.from_pretrained(merged).eval()
     engines = {
         "float32": Decoder(peer, "float32", 96),
@@ -46,7 +46,7 @@ def nats(talk, prompt, reply):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_log_probabilities_are_those_of_the_model_and_leave_the_cache_alone(models, merged, name, monkeypatch):  # noqa: F811
+def test_log_probabilities_are_those_of_the_model_and_leave_the_cache_alone(models, merged, name, monkeypatch):
     model, replies = models[name], [tokens(count, count) for count in (1, 5, 3, 9)]
     prompt, held = tokens(4, 8), tokens(20, 9)
     before = model.logits(held)
@@ -62,7 +62,7 @@ def test_log_probabilities_are_those_of_the_model_and_leave_the_cache_alone(mode
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_each_draft_is_what_it_would_be_alone(models, merged, name):  # noqa: F811
+def test_each_draft_is_what_it_would_be_alone(models, merged, name):
     model, prompt, samplings = models[name], tokens(12), [Sampling(temp=0), WARM, WARM, Sampling()]
     *_, written = drafts.write(model, prompt, 8, samplings, torch.Generator().manual_seed(4))
     seeds = torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(4)).tolist()
@@ -98,7 +98,7 @@ def test_the_best_is_given_and_the_next_turn_costs_its_own_tokens_only(models, n
         talk.take(1)
 
 
-def test_what_was_kept_is_what_reading_it_gives(models, merged):  # noqa: F811
+def test_what_was_kept_is_what_reading_it_gives(models, merged):
     peer = AutoModelForCausalLM.from_pretrained(merged).eval()
     talk = Conversation(models["float32"], seed=1)
     best(talk, "Hello there")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
-from test_generation import broken_copy, merged  # noqa: F401 (a fixture)
+from helpers import broken_copy
 
 import main as chat
 from dialogue.errors import UserError, exit_code
@@ -26,7 +26,7 @@ STATS = {"prompt_tokens", "new_tokens", "first_token_seconds", "tokens_per_secon
 
 
 @pytest.fixture
-def home(merged, tmp_path, monkeypatch):  # noqa: F811
+def home(merged, tmp_path, monkeypatch):
     """The working directory, in which a model was trained."""
     (tmp_path / "gpt2-dialogue-full").symlink_to(merged)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -109,7 +109,7 @@ def test_the_help_says_which_precision_is_for_which_device(capsys):
     assert code == 0 and "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32" in " ".join(out.split())
 
 
-def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):  # noqa: F811
+def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):
     values = {"temperature": 0, "max_new_tokens": 3, "eos_token_id": 1}
     folder = tmp_path / "fitted"
     folder.mkdir()
@@ -408,7 +408,7 @@ def test_leaving_before_the_model_is_there(home, way):
     talk.leaves(143 if way == "terminated" else 0)
 
 
-def test_a_broken_model_ends_the_prompt_with_a_line(home, merged, tmp_path):  # noqa: F811
+def test_a_broken_model_ends_the_prompt_with_a_line(home, merged, tmp_path):
     (tmp_path / "broken").mkdir()
     broken_copy(merged, tmp_path / "broken", "model.safetensors", lambda data: data[:1000])
     talk = Terminal("--model", "broken")
@@ -450,7 +450,7 @@ def test_there_has_to_be_something_to_go_on_with(home, capsys):
     assert code == 2 and "there is no earlier conversation" in err
 
 
-def test_the_newest_whole_checkpoint_of_a_training_can_be_talked_to(home, merged, capsys):  # noqa: F811
+def test_the_newest_whole_checkpoint_of_a_training_can_be_talked_to(home, merged, capsys):
     from dialogue import storage
 
     checkpoints = home / "gpt2-dialogue-checkpoints"

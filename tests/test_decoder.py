@@ -2,41 +2,15 @@
 
 import pytest
 import torch
+from helpers import CONFIGS, CONTEXT, WIDE_LLAMA, random_model, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers import GPT2Config, LlamaConfig, MistralConfig
 
 from dialogue.chat import decoder
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.families import supported
 from dialogue.chat.int8 import quantise
-
-CONTEXT = 80
-LLAMA = {
-    "vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT,
-}  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}  # fmt: skip
-CONFIGS = {
-    "gpt2": GPT2Config(vocab_size=300, n_positions=CONTEXT, n_embd=48, n_layer=3, n_head=4),
-    "llama, three queries a key": LlamaConfig(**LLAMA),
-    "llama, wide heads, biases": LlamaConfig(**LLAMA, head_dim=16, attention_bias=True, mlp_bias=True),
-    "llama, its own head, stretched": LlamaConfig(**LLAMA, tie_word_embeddings=False, rope_parameters=LLAMA3),
-}
-
-
-def random_model(config):
-    """Real architecture, random weights; biases and norms too, which start as 0 and 1."""
-    torch.manual_seed(0)
-    model = (GPT2LMHeadModel if config.model_type == "gpt2" else LlamaForCausalLM)(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif "embed" not in name and "wte" not in name:
-                parameter.mul_(3)
-    return model
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=str)
@@ -48,10 +22,6 @@ def model(request):
 def expected(model, ids):
     """(V,) by transformers, which reads everything anew."""
     return model(torch.tensor([ids])).logits[0, -1]
-
-
-def tokens(count, seed=1):
-    return torch.randint(0, 300, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def test_float32_is_what_transformers_computes(model, monkeypatch):
@@ -176,8 +146,8 @@ def test_an_int8_product_is_a_rounded_weight_times_the_whole_activation():
     [
         GPT2Config(activation_function="relu"),
         GPT2Config(scale_attn_by_inverse_layer_idx=True),
-        LlamaConfig(**LLAMA, hidden_act="gelu"),
-        LlamaConfig(**LLAMA, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        LlamaConfig(**WIDE_LLAMA, hidden_act="gelu"),
+        LlamaConfig(**WIDE_LLAMA, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
         MistralConfig(),
     ],
 )

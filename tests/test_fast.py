@@ -7,17 +7,11 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear8bitLt
 from conftest import gpt2_tokenizer
-from peft import LoraConfig
+from helpers import attached, base_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
 from dialogue.data.packing import collate, encode, pack
@@ -25,36 +19,8 @@ from dialogue.measure.loss import head_of, mean_nats
 from dialogue.models import load_base
 from dialogue.prompt import add_roles
 from dialogue.train import speedups
-from dialogue.train.lora import attach
 
 DIALOGUES = [["Hi there", "Hello, how are you?", "Fine"], ["What time is it?", "Noon."], ["Bye", "See you", "ok", "!"]]
-GPT2 = {"n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 4}
-LLAMA = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "tie_word_embeddings": True,
-}  # fmt: skip
-
-
-def base_model(family, size, layers=2):
-    torch.manual_seed(0)
-    if family == "gpt2":
-        return GPT2LMHeadModel(GPT2Config(vocab_size=size, **GPT2 | {"n_layer": layers}))
-    if family == "llama":
-        llama = LLAMA | {"num_hidden_layers": layers}
-        return LlamaForCausalLM(LlamaConfig(vocab_size=size, attention_dropout=0.1, **llama))
-    return MistralForCausalLM(MistralConfig(vocab_size=size, sliding_window=5, **LLAMA))
-
-
-def attached(base, tokenizer, dropout=0.0, **changes):
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["c_attn", "c_proj"], **changes)
-    config.task_type = "CAUSAL_LM"
-    torch.manual_seed(1)
-    model = attach(base, config, tokenizer)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(std=0.05)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import gpt2_tokenizer, save_random_gpt2
+from conftest import dialogue_tokenizer, gpt2_tokenizer
+from helpers import GREEDY, broken_copy, say
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -18,22 +19,9 @@ from dialogue.chat.session import Chat
 from dialogue.chat.terminal import in_background
 from dialogue.errors import UserError
 from dialogue.models import load_base
-from dialogue.prompt import add_roles, encode_dialogue
+from dialogue.prompt import encode_dialogue
 
-GREEDY = Sampling(temp=0)
 DEFAULTS = {"max_t": 2, "temp": 0.8, "top_k": 40, "top_p": 0.9}
-
-
-def dialogue_tokenizer():
-    tokenizer = gpt2_tokenizer()
-    add_roles(tokenizer)
-    return tokenizer
-
-
-@pytest.fixture(scope="session")
-def merged(tmp_path_factory):
-    """Folder of a dialogue model with random weights and a context of 96 tokens."""
-    return save_random_gpt2(tmp_path_factory.mktemp("chat") / "merged", dialogue_tokenizer(), positions=96)
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +33,6 @@ def model(merged):
 @pytest.fixture
 def talk(model):
     return Conversation(model, seed=3)
-
-
-def say(talk, message, max_t=12, sampling=GREEDY):
-    return "".join(talk.reply(message, max_t, sampling))
 
 
 # ---- The reply ---------------------------------------------------------------------------------------
@@ -446,15 +430,6 @@ def test_broken_weights_are_one_line(merged):
     with pytest.raises(UserError, match="not finite"):
         say(talk, "Hi")
     assert talk.turns == []
-
-
-def broken_copy(merged, folder, name, change):
-    """A copy of the model's folder in which one file's bytes went through `change`; None removes it."""
-    for file in merged.iterdir():
-        data = change(file.read_bytes()) if file.name == name else file.read_bytes()
-        if data is not None:
-            (folder / file.name).write_bytes(data)
-    return str(folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])

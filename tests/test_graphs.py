@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import save_random_gpt2
+from conftest import dialogue_tokenizer, save_random_gpt2
+from helpers import CONFIGS, CONTEXT, GREEDY, random_model, say, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decoder import CONFIGS, CONTEXT, random_model, tokens
-from test_generation import GREEDY, dialogue_tokenizer, say
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

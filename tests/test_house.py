@@ -1,6 +1,7 @@
 """The shape of the house: imports run one way, chatting pays for no training code, and no file grows without bound."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,11 @@ def test_no_module_imports_itself_by_a_detour():
         for file in free:
             del waiting[file]
     assert not waiting, f"a circle among {sorted(map(str, waiting))}"
+
+
+def test_tests_share_what_they_need_in_helpers_alone():
+    for file in ROOT.glob("tests/*.py"):
+        assert not re.findall(r"^\s*(?:from|import) test_\w+", file.read_text(encoding="utf-8"), re.MULTILINE), file
 
 
 def test_chatting_imports_no_training_code():

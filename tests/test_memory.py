@@ -3,8 +3,7 @@
 import pytest
 import torch
 from conftest import byte_tokenizer, gpt2_tokenizer
-from helpers import run_of
-from test_fast import attached, base_model
+from helpers import attached, base_model, run_of
 from transformers import BitsAndBytesConfig, GPT2Config, TrainingArguments
 
 from dialogue.measure.loss import head_of, mean_nats

@@ -43,6 +43,8 @@ def write(base_model: str, adapters: Path, tokenizer: PreTrainedTokenizerBase, f
     Never into the int8 weights that were trained against: they would be rounded a second time, and stay
     int8. On the CPU, so that a GPU that could just hold the training can still finish it.
     """
+    machine.keep_freed_memory(False)
+    machine.release_memory()  # what was trained is gone by now
     model = load_base(base_model, torch.float16, torch.device("cpu"), tokenizer)
     storage.check_space({folder: merged_bytes(model.num_parameters())})
     merged = PeftModel.from_pretrained(model, str(adapters)).merge_and_unload()
@@ -184,6 +186,7 @@ def judge(
         told("certificate: the chat", 0)
         few = found.rows < CHAT_ROWS
         certificate |= certify_chat(model, rows[:CHAT_ROWS], nats[few].double().sum().item(), int(few.sum()))
+        machine.release_memory()  # the chat's engine
         return certificate, fit(model, tokenizer, validation, seed, told=told)
     except Exception as error:
         if device.type == "cpu" or not machine.is_out_of_memory(error):

@@ -4,8 +4,6 @@ Each piece replaces code of transformers or PEFT by an equal formula, found by p
 CPU. In float32 the results are the same but for the order of sums (tests/test_fast.py).
 """
 
-import ctypes
-import sys
 from collections.abc import Callable
 from itertools import pairwise
 from types import MethodType
@@ -24,22 +22,6 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "a_dialogue_at_a_time"
-
-
-def keep_freed_memory(keep: bool = True) -> None:
-    """Let the process keep what it frees, on Linux: glibc hands blocks of 32 MB and more back at once, and the next
-    tensor of that size pays for zeroed pages again (six times its cost for a block of logits).
-
-    Not with 8-bit weights on a CPU: each product makes a 16-bit copy of its weight for a moment, and what is kept of
-    the activations would stand in the holes that these leave (GPT-2 774M: 4.4 GB at the peak, where 3.4 were needed).
-
-    M_TRIM_THRESHOLD is parameter -1 and M_MMAP_THRESHOLD -3 (source: mallopt(3)).
-    """
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-        if mallopt:
-            mallopt(-1, 2**31 - 1)
-            mallopt(-3, 2**30 if keep else 2**22)
 
 
 def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
