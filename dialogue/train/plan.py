@@ -43,6 +43,11 @@ class Plan(NamedTuple):
     seconds: float  # of the whole run
     packed: bool
 
+    @property
+    def rows_a_step(self) -> int:
+        """The effective batch, of all processes."""
+        return self.fit.rows * self.arguments.gradient_accumulation_steps * self.arguments.world_size
+
     def confirm(self, run: Run) -> None:
         """A run of more than a day asks first. Raises UserError where the answer is no, or nobody is there."""
         days = self.seconds / 86400

@@ -40,9 +40,9 @@ def plan(console: Console, plan: Plan, run: Run, corpus: Corpus, model: PeftMode
     trained = model.num_parameters(only_trainable=True)
     expected, free = before + estimate(load, plan.fit), machine.free_memory(model.device, arguments.world_size)
     times = arguments.gradient_accumulation_steps
-    batch = f"{plan.fit.rows * times * arguments.world_size} rows a step: {plan.fit.rows} at once, {times} times"
+    batch = f"{plan.rows_a_step} rows a step: {plan.fit.rows} at once, {times} times"
     batch += f", in {arguments.world_size} processes" * (arguments.world_size > 1)
-    epochs = round(plan.steps * plan.fit.rows * times * arguments.world_size / len(rows.train), 2)
+    epochs = round(plan.steps * plan.rows_a_step / len(rows.train), 2)
     what = {
         "base model": f"{run.base_model} ({(model.num_parameters() - trained) / 1e6:.0f} M parameters)",
         "device": machine.hardware(model.device),

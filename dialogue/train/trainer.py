@@ -196,9 +196,8 @@ def train(
 
 def _progress(plan: Plan, evaluation_seconds: float) -> Progressed:
     arguments, rows = plan.arguments, plan.rows.train
-    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
     evaluations = count_evaluations(plan.steps, len(rows), arguments)
-    return Progressed(count_tokens(rows) / len(rows) * batch, evaluations, evaluation_seconds)
+    return Progressed(count_tokens(rows) / len(rows) * plan.rows_a_step, evaluations, evaluation_seconds)
 
 
 def _trainer(
