@@ -146,6 +146,11 @@ def find_model(name: str) -> str:
         return name
     if os.path.isdir(folder) and (checkpoint := storage.newest_checkpoint(folder)):
         return str(checkpoint)
+    if os.path.isfile(storage.lock_of(folder)):
+        raise UserError(
+            f"no model in {name.rstrip('/')}/ yet: a training is going to write it; wait, or talk to its last checkpoint "
+            "with --model gpt2-dialogue-checkpoints (where it was stopped, the same command goes on)"
+        )
     if name == model_dir or os.path.exists(name) or name.startswith((".", "/")):
         raise UserError(
             f"no model in {name.rstrip('/')}/: train one first with `python Fine_tuningmodel.py` "

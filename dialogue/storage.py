@@ -35,8 +35,7 @@ def locked(*folders: Path) -> Iterator[None]:
     with ExitStack() as held:
         # In one order, so that of two that start together one gets all.
         for folder in sorted(folders, key=os.path.realpath):
-            target = Path(os.path.realpath(folder))
-            file = target.parent / f".{target.name}.lock"
+            file = lock_of(folder)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(file, timeout=0))
@@ -51,6 +50,12 @@ def locked(*folders: Path) -> Iterator[None]:
                 now = datetime.datetime.now().isoformat(" ", "seconds")
                 file.write_text(f"process {os.getpid()}, started {now} on {socket.gethostname()}", encoding="utf-8")
         yield
+
+
+def lock_of(folder: Path) -> Path:
+    """The file that stands beside a folder while it is written."""
+    target = Path(os.path.realpath(folder))
+    return target.parent / f".{target.name}.lock"
 
 
 def _unlink(file: Path) -> None:

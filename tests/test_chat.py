@@ -462,3 +462,6 @@ def test_the_newest_whole_checkpoint_of_a_training_can_be_talked_to(home, merged
     assert run(capsys, "--model", "gpt2-dialogue-checkpoints", "--prompt", "Hi", "--max_t", "3")[0] == 0
     (checkpoints / "checkpoint-10" / "config.json").unlink()
     assert chat.find_model("gpt2-dialogue-checkpoints") == "gpt2-dialogue-checkpoints/checkpoint-9"
+    (checkpoints / "checkpoint-9" / "config.json").unlink()
+    with storage.locked(checkpoints), pytest.raises(UserError, match="is going to write it; wait"):
+        chat.find_model("gpt2-dialogue-checkpoints")
