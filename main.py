@@ -148,8 +148,8 @@ def find_model(name: str) -> str:
         return str(checkpoint)
     if os.path.isfile(storage.lock_of(folder)):
         raise UserError(
-            f"no model in {name.rstrip('/')}/ yet: a training is going to write it; wait, or talk to its last checkpoint "
-            "with --model gpt2-dialogue-checkpoints (where it was stopped, the same command goes on)"
+            f"no model in {name.rstrip('/')}/ yet: a training is going to write it; wait, or talk to its newest "
+            "checkpoint with --model gpt2-dialogue-checkpoints (where it was stopped, the same command goes on)"
         )
     if name == model_dir or os.path.exists(name) or name.startswith((".", "/")):
         raise UserError(
