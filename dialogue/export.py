@@ -7,6 +7,7 @@ CTranslate2, vLLM and `transformers serve` read the merged folder as it is.
 """
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,17 @@ def _add_tokenizer(writer: Any, folder: Path, tokenizer: PreTrainedTokenizerBase
     special.add_to_gguf(writer, quiet=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Write the file, and say what to do with it."""
+def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="python -m dialogue.export", description="Write the merged model as GGUF.")
     parser.add_argument("format", choices=["gguf"])
     parser.add_argument("--model", type=Path, default=Path("gpt2-dialogue-full"), metavar="DIR")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the folder, with .gguf")
-    flags = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the file, and say what to do with it."""
+    flags = parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     target = flags.out or flags.model.with_name(f"{flags.model.name}.gguf")
