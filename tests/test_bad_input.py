@@ -131,6 +131,13 @@ def test_a_folder_of_links_in_a_circle(base, here, capsys):
     one_line(capsys.readouterr(), "holds no data file")
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "./pipe"])
+def test_a_device_or_a_pipe_is_no_data(name, base, here, capsys):
+    os.mkfifo("pipe")
+    assert train(base, "--dataset", name) == 2
+    one_line(capsys.readouterr(), f"{name.strip('./')} is a device or a pipe")
+
+
 ODD_DATA = {
     "byte order mark and Windows line ends": b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode(),
     "control tokens in the text": GOOD + json.dumps({"dialog": ["<END><USER>", "<|endoftext|><BOT>"]}) + "\n",
@@ -463,6 +470,13 @@ def score(folder, base):
     return exit_code(lambda: evaluate.main(["--model", folder, "--base", str(base), "--dataset", "talk.jsonl", *few]))
 
 
+def test_figures_that_cannot_be_written_are_one_line(merged, base, here, capsys):
+    few = ["--max_dialogues", "2", "--contexts", "1", "--max_t", "1", "--json", "/dev/full"]
+    flags = ["--model", str(merged), "--base", str(base), "--dataset", "talk.jsonl", *few]
+    assert exit_code(lambda: evaluate.main(flags)) == 2
+    one_line(capsys.readouterr(), "/dev/full could not be written: No space left on device")
+
+
 READERS = {
     "chat": lambda folder, base: say("--model", folder),
     "evaluation": score,
@@ -498,7 +512,8 @@ def test_adapters_are_checked_too(who, what, base, here, capsys):
 
 
 def test_the_wrong_flag_of_an_export_is_one_line(here, capsys):
-    for flags in ([], ["gguf", "--modle", "x"], ["onnx"]):
+    out = [["gguf", "--out", name] for name in (".", "/dev/null", "talk.jsonl/x.gguf", "nowhere/x.gguf", "a" * 300)]
+    for flags in ([], ["gguf", "--modle", "x"], ["onnx"], ["gguf", "--model", "."], *out):
         assert exit_code(lambda flags=flags: export.main(flags)) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
