@@ -10,6 +10,12 @@ import sys
 
 __version__ = "0.2.0"
 
+try:
+    os.getcwd()
+except OSError as error:  # torch would end the process in words of its own
+    print(f"error: the working directory cannot be used ({error.strerror}): change into another", file=sys.stderr)
+    sys.exit(2)
+
 # Of several GPUs only torchrun uses more than the first. Without it Trainer would put as many micro-batches into one
 # as it sees GPUs (`TrainingArguments.n_gpu`), which is neither what was rehearsed nor what was asked for.
 given_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -97,28 +97,57 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
     """Call `run`; 0 when it returns, 2 after a `UserError` or where memory is too small (one line on standard error),
     128 + its number after a signal: 130 for Ctrl-C, 143 for SIGTERM. Any other exception is a bug and keeps its
     traceback, as all do with `debug`."""
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # any bytes can come in, and any code page be written to
     try:
-        with handled(_terminate, *ENDINGS):
+        with handled(_terminate, *ENDINGS), _streams():
             run()
     except UserError as error:
         if debug:
             raise
-        print(f"error: {' '.join(plain(str(error)).split())}", file=sys.stderr)
-        return 2
+        return _end(2, f"error: {' '.join(plain(str(error)).split())}")
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        return 128 + getattr(stop, "number", signal.SIGINT)
+        return _end(128 + getattr(stop, "number", signal.SIGINT), str(stop) or "interrupted")
     except Exception as error:
         from dialogue import machine  # torch takes seconds to import; a mistake is said before
 
         if debug or not machine.is_out_of_memory(error):
             raise
-        print(f"error: {plain(machine.out_of_memory_in_words(error))}", file=sys.stderr)
-        return 2
+        return _end(2, f"error: {plain(machine.out_of_memory_in_words(error))}")
     return 0
+
+
+def _end(code: int, line: str) -> int:
+    """`code`, with a last line on standard error where that can be written."""
+    try:
+        print(line, file=sys.stderr)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+    return code
+
+
+@contextmanager
+def _streams() -> Iterator[None]:
+    """Inside, the standard streams are there and take any text. Raises UserError where standard output is closed, or
+    one of them cannot be written: the interpreter would say so in words of its own."""
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if not sys.stdout:
+        raise UserError("standard output is closed: send it to a terminal, a file or /dev/null")
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # any bytes can come in, and any code page be written to
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                print(file=stream, flush=True)  # is it here that writing fails?
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+                raise UserError(f"{stream.name} could not be written: {error.strerror}") from error
+        raise
 
 
 def _let_go(number: int) -> None:

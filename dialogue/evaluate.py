@@ -89,7 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     if flags.json:
         named = {who: {on: {n: e._asdict() for n, e in f.items()} for on, f in r.items()} for who, r in results.items()}
         facts = {name: str(value) for name, value in vars(flags).items() if name not in ("json", "debug")}
-        write_json(flags.json, {"settings": {**facts, "dataset": dataset}, **named})
+        try:
+            write_json(flags.json, {"settings": {**facts, "dataset": dataset}, **named})
+        except OSError as error:
+            raise UserError(f"{flags.json} could not be written: {error.strerror}") from error
 
 
 def figures(

@@ -6,6 +6,7 @@
 CTranslate2, vLLM and `transformers serve` read the merged folder as it is.
 """
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -151,7 +152,10 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    target = flags.out or flags.model.with_name(f"{flags.model.name}.gguf")
+    model = flags.model if flags.model.name else flags.model.resolve()  # "." has no name
+    target = flags.out or model.with_name(f"{model.name}.gguf")
+    if not os.path.isdir(target.parent) or (os.path.exists(target) and not os.path.isfile(target)):
+        raise UserError(f"{target} cannot be written: --out takes the name of a file in a folder that is there")
     write_gguf(flags.model, target)
     print(f"{target}: {target.stat().st_size / 1e6:.0f} MB, for llama.cpp and what is built on it")
 

@@ -10,6 +10,7 @@ inserted by id. Text is encoded with special tokens split, so "<END>" typed by a
 in a dataset stays seven ordinary characters and never becomes a control token.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -79,8 +80,19 @@ def without_roles(ids: list[int], roles: Roles) -> list[int]:
     return [token for token in ids if token not in roles]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Text -> ids, with special tokens split: nothing in `text` can become a control token."""
+@cache
+def _longest(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Characters of the longest token: no token stands for more of a text."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> list[int]:
+    """Text -> ids, with special tokens split: nothing in `text` can become a control token.
+
+    Of a text that has `most` tokens for certain, `most` or more: a megabyte takes a second that nothing can end.
+    """
+    if most is not None and len(text) > most:
+        text = text[: most * _longest(tokenizer)]
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
@@ -113,18 +125,20 @@ def with_persona(persona: str, message: str) -> str:
     return f"{persona}\n{message}" if persona else message
 
 
-def encode_turn(tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int) -> list[int]:
-    """One closed turn: [role id, text ids ..., <END> id]."""
-    return [role, *encode_text(tokenizer, text), end]
+def encode_turn(
+    tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int, most: int | None = None
+) -> list[int]:
+    """One closed turn: [role id, text ids ..., <END> id]; of a text of more than `most` tokens, more than `most`."""
+    return [role, *encode_text(tokenizer, text, most), end]
 
 
-def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> list[list[int]]:
+def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: list[str], most: int | None = None) -> list[list[int]]:
     """Turns -> one list of ids a turn; even turns are USER's, odd turns BOT's.
 
-    An empty first turn becomes no ids: BOT opens the dialogue.
+    An empty first turn becomes no ids: BOT opens the dialogue. `most` is for `encode_text`.
     """
-    roles = find_roles(tokenizer)
+    user, bot, end = find_roles(tokenizer)
     return [
-        [] if not (text or index) else encode_turn(tokenizer, roles.bot if index % 2 else roles.user, text, roles.end)
+        [] if not (text or index) else encode_turn(tokenizer, bot if index % 2 else user, text, end, most)
         for index, text in enumerate(turns)
     ]

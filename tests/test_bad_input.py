@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 import Fine_tuningmodel as script
 import main as chat
 from dialogue import evaluate, export, machine, storage
+from dialogue.data import packing
 from dialogue.errors import UserError, exit_code
-from dialogue.prompt import add_roles
+from dialogue.prompt import add_roles, encode_text
 from dialogue.train import trainer
 
 DIALOGUE = {"dialog": ["Hello, how are you?", "Fine, thank you."]}
@@ -128,6 +129,13 @@ def test_a_folder_of_links_in_a_circle(base, here, capsys):
     (here / "data/dangling.jsonl").symlink_to("nowhere")
     assert train(base, "--dataset", "./data") == 2
     one_line(capsys.readouterr(), "holds no data file")
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "./pipe"])
+def test_a_device_or_a_pipe_is_no_data(name, base, here, capsys):
+    os.mkfifo("pipe")
+    assert train(base, "--dataset", name) == 2
+    one_line(capsys.readouterr(), f"{name.strip('./')} is a device or a pipe")
 
 
 ODD_DATA = {
@@ -462,6 +470,13 @@ def score(folder, base):
     return exit_code(lambda: evaluate.main(["--model", folder, "--base", str(base), "--dataset", "talk.jsonl", *few]))
 
 
+def test_figures_that_cannot_be_written_are_one_line(merged, base, here, capsys):
+    few = ["--max_dialogues", "2", "--contexts", "1", "--max_t", "1", "--json", "/dev/full"]
+    flags = ["--model", str(merged), "--base", str(base), "--dataset", "talk.jsonl", *few]
+    assert exit_code(lambda: evaluate.main(flags)) == 2
+    one_line(capsys.readouterr(), "/dev/full could not be written: No space left on device")
+
+
 READERS = {
     "chat": lambda folder, base: say("--model", folder),
     "evaluation": score,
@@ -497,7 +512,8 @@ def test_adapters_are_checked_too(who, what, base, here, capsys):
 
 
 def test_the_wrong_flag_of_an_export_is_one_line(here, capsys):
-    for flags in ([], ["gguf", "--modle", "x"], ["onnx"]):
+    out = [["gguf", "--out", name] for name in (".", "/dev/null", "talk.jsonl/x.gguf", "nowhere/x.gguf", "a" * 300)]
+    for flags in ([], ["gguf", "--modle", "x"], ["onnx"], ["gguf", "--model", "."], *out):
         assert exit_code(lambda flags=flags: export.main(flags)) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -562,7 +578,7 @@ WRONG_WORDS = [
     (["--model", "./loop"], "no model in"),
     (["--model", "a" * 300], "no model in|cannot be loaded"),
     (["--model", "\x1b[31m./red"], "red"),
-    (["--prompt", "a" * 100_000], "make it shorter"),
+    (["--prompt", "a" * 100_000], "has at least 3328 tokens, 251 fit: make it shorter"),  # 256 of 13 letters
     (["--sampler", "fitted", "--model", "talk.jsonl"], "talk.jsonl is a file"),
 ]  # fmt: skip
 
@@ -596,6 +612,21 @@ def test_odd_messages_get_a_reply(merged, here, monkeypatch, capsys):
     assert exit_code(lambda: chat.main(["--model", str(merged), "--max_t", "3"])) == 0
     captured = capsys.readouterr()
     assert not set(captured.out + captured.err) & set("\x1b\x07\x9b\u202e")
+
+
+def test_of_a_message_that_cannot_fit_only_the_beginning_is_read(merged, capsys):
+    talk = chat.start_conversation(str(merged))
+    long = [{"role": "user", "content": "a" * 10**7}, {"role": "assistant", "content": "b"}]
+    short = [{"role": "user", "content": "a" * 80}, {"role": "assistant", "content": "b" * 80}]
+    talk.restore([*short, *long, *short])
+    assert talk.messages() == short and talk.forgotten == 4
+    tokenizer = talk.tokenizer
+    for text in ("a" * 10**5, "<|endoftext|>" * 10**4, "é" * 10**5, "aé" * 100):
+        most, whole = 300, encode_text(tokenizer, text)
+        read = encode_text(tokenizer, text, most)
+        assert most <= len(read) <= 13 * 2 * most and whole[: len(read)] == read
+    dialogues = [["a" * 10**5, "b", "c", "d"]]
+    assert packing.encode(tokenizer, dialogues, 64).pieces == packing.encode(tokenizer, [["c", "d"]], 64).pieces
 
 
 def test_debug_shows_tracebacks(base, here, monkeypatch):

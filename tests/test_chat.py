@@ -128,6 +128,34 @@ def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):
     assert run(capsys, "--model", str(folder), "--sampler", "fitted")[0] == 2
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("--prompt Hi --max_t 2 >/dev/full", 2, "<stdout> could not be written: No space left on device"),
+        ("--model /nowhere 2>/dev/full", 2, ""),
+        ("--version >&-", 2, "standard output is closed"),
+        ("<&-", 2, "there is no message to answer"),
+        ("--model /nowhere <&- >&- 2>&-", 2, ""),
+        ("--version <&- 2>&-", 0, ""),
+        ("--version; rmdir ../gone; $0 $1 --version", 2, "the working directory cannot be used"),
+    ],
+)
+def test_streams_and_folders_that_are_gone_are_one_line(line, code, said, unbuffered, home):
+    (home / "gone").mkdir()
+    done = subprocess.run(
+        ["sh", "-c", f"$0 $1 {line}", sys.executable, str(MAIN)],
+        cwd=home / "gone" if "gone" in line else home,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == code and said in done.stderr, done.stderr
+    assert done.stderr.count("\n") == (1 if said else 0), done.stderr
+
+
 def test_both_scripts_say_their_version(capsys):
     import Fine_tuningmodel as script
     from dialogue import __version__

@@ -266,8 +266,8 @@ def load(chat: "Chat", rest: str) -> None:
 
 def read_messages(path: Path) -> Any:
     """The JSON in a file. Raises UserError where there is none."""
-    if os.path.isdir(path):
-        raise UserError(f"{plain(str(path))} is a folder: give the name of a file in it")
+    if os.path.exists(path) and not os.path.isfile(path):  # reading /dev/zero never ends
+        raise UserError(f"{plain(str(path))} is a folder or a device: give the name of a file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -71,6 +71,8 @@ def walk(path: Path, passed_over: list[str]) -> Iterator[tuple[Parts, bytes]]:
     """
     with faults_named(path):
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        if files == [path] and not path.is_file():  # reading it may never end
+            raise UserError(f"{path} is a device or a pipe: give a file or a folder")
     for file in files:
         parts = tuple(map(shown, file.relative_to(path).parts))
         if parts and not _is_wanted(parts, passed_over):
