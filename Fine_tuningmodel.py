@@ -172,9 +172,8 @@ def fine_tune(run: options.Run, told: progress.Finishing) -> None:
     runs.clear(run.checkpoints)
     told.close()
     show.result(console, run, certificate)
-    if run.arguments.push_to_hub:
-        uploaded = hub.push(run.adapters, run.merged, run.arguments)
-        show.line(console, "\n".join(f"Uploaded: {address}" for address in uploaded))
+    for address in hub.push(run.adapters, run.merged, run.arguments) if run.arguments.push_to_hub else ():
+        show.line(console, f"Uploaded: {address}")
 
 
 if __name__ == "__main__":
