@@ -170,7 +170,6 @@ def fine_tune(run: options.Run, told: progress.Finishing) -> None:
         )  # fmt: skip
         merge.finish(folder, run.adapters, certificate, fitted)
     runs.clear(run.checkpoints)
-    told.close()
     show.result(console, run, certificate)
     for address in hub.push(run.adapters, run.merged, run.arguments) if run.arguments.push_to_hub else ():
         show.line(console, f"Uploaded: {address}")

@@ -77,5 +77,6 @@ def fit(
             new = tried(sampling)
             if cost(new, human) < cost(best_figures, human):
                 best, best_figures = sampling, new
+    told("sampler", 1)
     named = {"people": human, "defaults": defaults, "fitted": best_figures}
     return Fitted(best, max_t, {who: {**of, "cost": cost(of, human)} for who, of in named.items()}, len(found))

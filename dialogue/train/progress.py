@@ -32,10 +32,6 @@ class Finishing:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar off the screen."""
         if self.bar.live.is_started:  # where there is none, an empty line would be printed
             self.bar.stop()
 
@@ -53,6 +49,8 @@ class Finishing:
         if stage != self.stage and not self.bar.console.is_terminal:
             print(f"after the last step: {stage}", file=sys.stderr, flush=True)
         self.stage = stage
+        if share == 1:  # the last of all: what is printed next has the screen to itself
+            self.__exit__()
 
 
 class Progressed(TrainerCallback):
