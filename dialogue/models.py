@@ -97,8 +97,7 @@ def starter_folder() -> Path:
     del model.hf_quantizer, model.quantization_method, model.config.quantization_config
     with said_in_a_line(folder), tempfile.TemporaryDirectory(dir=folder.parent) as parent:
         beside = Path(parent, STARTER)
-        # Q4_1 values are a 4-bit integer times a float16 scale plus a float16 minimum: float16 keeps
-        # them to its 11 bits, and halves the file.
+        # Q4_1 values, 4-bit integers times a float16 scale plus a float16 minimum: float16 keeps their 11 bits.
         model.half().save_pretrained(beside)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
         storage.seal(beside)
@@ -256,8 +255,9 @@ def _load_weights(
 
 
 def _check_whole(name: str) -> None:
-    """Raises UserError for a folder whose files are not those of its manifest."""
-    if problem := storage.damage(Path(resolve(name)), HASHED_BELOW):
+    """Raises UserError for a folder that is not as its manifest says, twice: a training may replace it meanwhile."""
+    folder = Path(resolve(name))
+    if storage.damage(folder, HASHED_BELOW) and (problem := storage.damage(folder, HASHED_BELOW)):
         advice = f"write it again, or where you changed it, delete its {storage.MANIFEST}"
         raise UserError(f"{name} is broken: {problem}; {advice}")
 
