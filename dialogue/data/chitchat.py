@@ -11,7 +11,6 @@ from typing import Any
 
 from dialogue import wheels
 from dialogue.data.corpus import SPLITS, Corpus, Dialogues, fold, split_of
-from dialogue.errors import UserError
 
 EPISODE = 8  # turns of a dialogue, at most: four messages and their replies
 EPISODE_WORDS = 20  # of a turn, at most: whoever learns from longer ones rambles, and then repeats himself
@@ -25,13 +24,9 @@ def load() -> Corpus:
 
     For training, those come first whose turns take up each other's words: beside the openings of as many conversations
     a starter hears more of DailyDialog (benchmarks/settings.md). Validation and test have the openings before the
-    second episodes and so on, in the order of a hash. Raises UserError where the file is damaged.
+    second episodes and so on, in the order of a hash.
     """
-    file = wheels.fetch(wheels.CHITCHAT)
-    try:
-        conversations = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} is damaged: delete it, and it is fetched again") from error
+    conversations = json.loads(wheels.fetch(wheels.CHITCHAT).read_text(encoding="utf-8"))
     found: dict[str, Dialogues] = {name: [] for name in SPLITS}
     places: dict[str, list[tuple[int, list[str]]]] = {name: [] for name in SPLITS}
     short = disliked = 0
