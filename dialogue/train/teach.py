@@ -1,9 +1,11 @@
 """Teach: go on from whole adapters with a few lessons, beside dialogues of the run's own data.
 
-A lesson alone is learned in a minute, and all else is forgotten: so each row of lessons is read beside rows of the data
-that the adapters were trained on (replay; Robins 1995, "Catastrophic forgetting, rehearsal and pseudorehearsal").
+A lesson alone is learned in a minute, and all else is forgotten. So each step reads a row of lessons and some rows of
+the data that the adapters were trained on (replay; Robins 1995, "Catastrophic forgetting, rehearsal and
+pseudorehearsal").
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,7 @@ from dialogue.errors import UserError
 from dialogue.lessons import LESSONS
 
 PASSES = 60  # times that each lesson is read
-REPLAY = 1  # rows of the run's own data for each row of lessons
+REPLAY = 3  # rows of the run's own data beside each row of lessons, in one step
 
 
 def read_lessons() -> list[list[str]]:
@@ -34,11 +36,12 @@ def read_lessons() -> list[list[str]]:
 def mix(
     lessons: Sequence[list[str]], rows: list[packing.Row], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
 ) -> list[packing.Row]:
-    """`PASSES` times the lessons, as rows of at most `length` tokens, among rows that the seed draws of `rows`."""
+    """`PASSES` times the lessons, as rows of at most `length` tokens, each before `REPLAY` rows that the seed draws of
+    `rows`: read in this order, every step has its share of both."""
     pieces, _ = packing.encode(tokenizer, list(lessons), length)
     taught = packing.pack(pieces, tokenizer, length, "bot") * PASSES
-    order = np.random.default_rng(seed).permutation(len(rows))
-    return taught + [rows[order[place % len(rows)]] for place in range(REPLAY * len(taught))]
+    order = itertools.cycle(np.random.default_rng(seed).permutation(len(rows)))
+    return [row for lesson in taught for row in (lesson, *(rows[next(order)] for _ in range(REPLAY)))]
 
 
 def start_of(adapters: Path, data: str) -> str:
