@@ -52,7 +52,8 @@ def taught(home, tmp_path, monkeypatch):
 FAST = ["--teach", "--learning_rate", "1e-2"]
 
 
-def test_what_was_taught_is_said_word_for_word_and_the_table_shows_it(taught, capsys):
+def test_what_was_taught_is_said_word_for_word_and_the_table_shows_it(taught, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     script.main(FAST)
     said = capsys.readouterr().out
     assert "2 of 2 lessons are said word for word" in said

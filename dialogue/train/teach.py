@@ -37,9 +37,11 @@ def mix(
     lessons: Sequence[list[str]], rows: list[packing.Row], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
 ) -> list[packing.Row]:
     """`PASSES` times the lessons, as rows of at most `length` tokens, each before `REPLAY` rows that the seed draws of
-    `rows`: read in this order, every step has its share of both."""
+    `rows`: read in this order, every step has its share of both. Of few lessons a row holds several copies, so that
+    their share does not depend on how many there are."""
     pieces, _ = packing.encode(tokenizer, list(lessons), length)
-    taught = packing.pack(pieces, tokenizer, length, "bot") * PASSES
+    copies = max(1, length // sum(len(turn) for turns in pieces for turn in turns))
+    taught = packing.pack(pieces * copies, tokenizer, length, "bot") * PASSES
     order = itertools.cycle(np.random.default_rng(seed).permutation(len(rows)))
     return [row for lesson in taught for row in (lesson, *(rows[next(order)] for _ in range(REPLAY)))]
 
