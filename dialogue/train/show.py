@@ -19,7 +19,7 @@ from dialogue.measure.report import METRICS
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
 from dialogue.storage import read_json
-from dialogue.train.memory import Load, estimate
+from dialogue.train.memory import Load, estimate, estimate_certificate
 from dialogue.train.options import Run, override
 from dialogue.train.plan import Plan, count_steps
 from dialogue.train.record import precision_in_words
@@ -38,7 +38,8 @@ def plan(console: Console, plan: Plan, run: Run, corpus: Corpus, model: PeftMode
     """The plan as a table; `before` is what the process had taken when it was made, in bytes."""
     rows, arguments, rehearsed = plan.rows, plan.arguments, plan.rehearsal
     trained = model.num_parameters(only_trainable=True)
-    expected, free = before + estimate(load, plan.fit), machine.free_memory(model.device, arguments.world_size)
+    expected, after = (before + of(load, plan.fit) for of in (estimate, estimate_certificate))
+    free = machine.free_memory(model.device, arguments.world_size)
     times = arguments.gradient_accumulation_steps
     batch = f"{plan.rows_a_step} rows a step: {plan.fit.rows} at once, {times} times"
     batch += f", in {arguments.world_size} processes" * (arguments.world_size > 1)
@@ -55,7 +56,7 @@ def plan(console: Console, plan: Plan, run: Run, corpus: Corpus, model: PeftMode
         + more_epochs(len(rows.train), plan.steps, arguments),
         "batch": f"{batch}; activation checkpointing {'on' if plan.fit.checkpointing else 'off'}",
         "memory": f"{expected / 1e9:.1f} GB at the peak by arithmetic, {rehearsed.peak_bytes / 1e9:.1f} GB rehearsed; "
-        f"{free / 1e9:.0f} GB are still free",
+        f"{after / 1e9:.1f} GB for the merged model's certificate; {free / 1e9:.0f} GB are still free",
         "time": f"about {machine.duration(plan.seconds)} "
         f"(rehearsed: {rehearsed.tokens / rehearsed.seconds:.0f} tokens/s)",
     }

@@ -2,7 +2,8 @@
 
 A lesson alone is learned in a minute, and all else is forgotten. So each step reads a row of lessons and some rows of
 the data that the adapters were trained on (replay; Robins 1995, "Catastrophic forgetting, rehearsal and
-pseudorehearsal").
+pseudorehearsal"). Of both the bot's turns carry loss, so that a quarter of the labels are the lessons'. With an eighth
+too little was learned; with half, once more as much was forgotten (docs/measured.md).
 """
 
 import itertools
@@ -21,7 +22,7 @@ from dialogue.data import packing, sources
 from dialogue.errors import UserError
 from dialogue.lessons import LESSONS
 
-PASSES = 60  # times that each lesson is read
+PASSES = 50  # times that each lesson is read
 REPLAY = 3  # rows of the run's own data beside each row of lessons, in one step
 
 
