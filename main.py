@@ -74,7 +74,7 @@ SETTINGS = {  # name -> what `--help` says
     "top_p": "draw from the most probable tokens that hold this share of the probability",
     "min_p": "leave out what is less than this share as probable as the best",
     "repetition_penalty": "above 1: tokens that were there already become less probable",
-    "best_of": "draw so many replies, and give the one that fits best what was said; 0: as many as are quickly drawn",
+    "best_of": "draw so many replies, and give the one that fits best; 0: as many as this model is quick with",
 }
 
 
@@ -124,7 +124,7 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--sampler", choices=sources, default="fitted",
         help="fitted: the settings that fitted this model best; defaults: those above (default: fitted)")  # fmt: skip
     add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
-    per_device = "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32; auto: the fastest of full quality"
+    per_device = "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32; auto: the fastest for this model"
     add("--precision", choices=precisions, default="auto", help=f"of the weights: {per_device}")
     add("--device", choices=("cpu",), help="cpu: leave the GPU alone, for example where it is full")
     add("--stats", choices=("on", "off", "json"), default="on", help="after each reply; json: on standard error")

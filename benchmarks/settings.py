@@ -1,7 +1,7 @@
 """Which settings should the starter have? Each is changed alone, on one number of training dialogues.
 
     python -m benchmarks.settings                    all of them; prints a table
-    python -m benchmarks.settings --only "r 16"      one of them
+    python -m benchmarks.settings --only "all projections, r 16"    one of them
 
 Judged is whether the model listens: whether it finds the true reply among 20, whether the untuned base finds the
 context of its replies among 20, and how often it parrots, loops, or says the same to different messages.

@@ -28,6 +28,14 @@ from dialogue.train.trainer import Trained, train
 GREEDY = Sampling(temp=0)
 
 
+# A chat as WhatsApp exports it.
+CHAT = "".join(
+    f"{day:02}.02.20, 16:0{minute} - {who}: {text} {day}\n"
+    for day in range(1, 29)
+    for minute, who, text in ((1, "Ann", "Are you there?"), (2, "Bo", "Yes, what is it?"), (3, "Ann", "Nothing much"))
+)
+
+
 def run_of(*flags, arguments=None, lora=None, quant=None):
     """What `Fine_tuningmodel.py` makes of flags, with edited values in place of its own."""
     names = ("base_model", "dataset", "max_train_dialogues", "max_length", "learn", "bot", "silence", "adapter_dir",

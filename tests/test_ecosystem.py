@@ -180,7 +180,8 @@ def served(merged):
         port = free.getsockname()[1]
     log = (merged.parent / "log").open("w")
     command = [transformers_command(), "serve", str(merged), "--host", "127.0.0.1", "--port", str(port)]
-    server = subprocess.Popen([*command, "--device", "cpu", "--dtype", "float32"], stdout=log, stderr=log)
+    command += ["--device", "cpu", "--dtype", "float32", "--enable-cors"]
+    server = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{port}"
         wait_for(f"{address}/health", server)
@@ -216,6 +217,12 @@ def test_transformers_serve_with_the_openai_client(served, merged):
         pieces = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
         assert "".join(pieces) == ours(merged, message)
         assert len([piece for piece in pieces if piece]) > 1, "it came in one piece"
+
+
+def test_a_page_of_another_origin_may_ask_the_server(served):
+    asked = urllib.request.Request(f"{served}/health", headers={"Origin": "http://page.example"})
+    with urllib.request.urlopen(asked, timeout=30) as answer:
+        assert answer.headers["Access-Control-Allow-Origin"] in ("*", "http://page.example")
 
 
 def test_transformers_chat(served, merged, tmp_path):

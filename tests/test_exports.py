@@ -5,7 +5,7 @@ from collections import Counter
 from datetime import datetime, timedelta
 
 import pytest
-from helpers import run_of
+from helpers import CHAT, run_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -184,12 +184,6 @@ def test_plain_lines_are_read_back(tmp_path, talks, blank):
 
 
 # ---- What a person sees ----------------------------------------------------------------------------------
-
-CHAT = "".join(
-    f"{day:02}.02.20, 16:0{minute} - {who}: {text} {day}\n"
-    for day in range(1, 29)
-    for minute, who, text in ((1, "Ann", "Are you there?"), (2, "Bo", "Yes, what is it?"), (3, "Ann", "Nothing much"))
-)
 
 
 def test_without_a_bot_one_line_lists_the_names_with_their_counts(tmp_path):

@@ -172,9 +172,9 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--dataset", metavar="SOURCE", help="dailydialog, chitchat, or a file or folder of dialogues")
     add("--max_train_dialogues", type=_count, metavar="N", help="train on the first N dialogues only")
     add("--max_length", type=_count, metavar="N", help="tokens a row; longer dialogues are cut between turns")
-    add("--learn", choices=["bot", "both"], help="whose turns carry loss: the bot's, or both speakers'")
-    add("--bot", metavar="NAME", help="who of your chats is the bot; only that one's turns are learned, then")
-    add("--silence", type=_count, metavar="MINUTES", help="so long a silence parts two conversations of a chat")
+    add("--learn", choices=["bot", "both"], help="whose turns are learned: the bot's, or both speakers'")
+    add("--bot", metavar="NAME", help="whose turns are the bot's, by name; without --learn, only these are learned")
+    add("--silence", type=_count, metavar="MINUTES", help="a silence of so many parts two conversations of a chat")
     add("--adapter_dir", metavar="DIR", help="where the adapters go")
     add("--merged_dir", metavar="DIR", help="where the merged model goes")
     add("--load_in_8bit", choices=["auto", "yes", "no"], default="auto",
