@@ -2,7 +2,7 @@
 
     python benchmarks/first_minute.py                     the starter, in a new folder, with the code of this tree
     python benchmarks/first_minute.py --tree ../other     with that of another tree, for before and after
-    python benchmarks/first_minute.py --preset small      any flags of the script
+    python benchmarks/first_minute.py -- --preset small   any flags of the script
 
 A phase is a call of the recipe; what happens between two of them belongs to the phase "between". The peak is the
 largest resident set of the process within the phase (`VmHWM`, which is set back before each; Linux only). What the
@@ -121,8 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tree", type=Path, default=Path(__file__).resolve().parents[1], help="whose code runs")
     parser.add_argument("--folder", type=Path, help="where it runs, and what it makes stays; a new one, which goes")
-    known, flags = parser.parse_known_args()
-    tree, flags = known.tree.resolve(), flags or ["--preset", "starter"]
+    parser.add_argument("flags", nargs="*", default=["--preset", "starter"], help="of the script, after --")
+    known = parser.parse_args()
+    tree, flags = known.tree.resolve(), known.flags
     with tempfile.TemporaryDirectory() as made:
         folder = known.folder or Path(made)
         folder.mkdir(exist_ok=True)

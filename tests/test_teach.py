@@ -94,7 +94,7 @@ def test_a_lesson_s_earlier_replies_are_read_and_not_learned(tmp_path, monkeypat
     add_roles(tokenizer)
     other = {name: [7] * 9 for name in ("input_ids", "position_ids", "labels")}
     rows = teach.mix(teach.read_lessons(), [other], tokenizer, 64, 0)
-    assert rows.count(other) == teach.REPLAY * teach.PASSES and len(rows) == (1 + teach.REPLAY) * teach.PASSES
+    assert [row == other for row in rows] == [*[False] * teach.TAUGHT, *[True] * teach.REPLAY] * (teach.PASSES // 2)
     labels = [label for label in next(row for row in rows if row != other)["labels"] if label != -100]
     assert tokenizer.decode(labels) == "I am Ada.<END>"
 

@@ -19,7 +19,7 @@ from dialogue import machine, storage
 from dialogue.errors import Parser, UserError, in_a_line
 from dialogue.train.refused import LORA as OBEYED_OF_LORA
 from dialogue.train.refused import check_obeyable
-from dialogue.train.teach import REPLAY
+from dialogue.train.teach import REPLAY, TAUGHT
 
 EPILOGUE = """
 Any field of transformers' TrainingArguments is a flag as well and overrides the value in the script, for instance
@@ -38,7 +38,7 @@ RANGES = (
 # What --teach changes: steps enough for a few lessons, each with a row of them (`teach.mix`), and one evaluation.
 TEACHING: dict[str, Any] = {
     "num_train_epochs": 1, "max_steps": -1, "learning_rate": 1e-3, "train_sampling_strategy": "sequential",
-    "per_device_train_batch_size": 1 + REPLAY, "gradient_accumulation_steps": 1, "eval_strategy": "no",
+    "per_device_train_batch_size": TAUGHT + REPLAY, "gradient_accumulation_steps": 1, "eval_strategy": "no",
     "save_steps": 0.5,
 }  # fmt: skip
 

@@ -1,9 +1,8 @@
 """Teach: go on from whole adapters with a few lessons, beside dialogues of the run's own data.
 
-A lesson alone is learned in a minute, and all else is forgotten. So each step reads a row of lessons and some rows of
+A lesson alone is learned in a minute, and all else is forgotten. So each step reads two rows of lessons and three of
 the data that the adapters were trained on (replay; Robins 1995, "Catastrophic forgetting, rehearsal and
-pseudorehearsal"). Of both the bot's turns carry loss, so that a quarter of the labels are the lessons'. With an eighth
-too little was learned; with half, once more as much was forgotten (docs/measured.md).
+pseudorehearsal"): a quarter of the labels are then the lessons'. What other shares did stands in docs/measured.md.
 """
 
 import itertools
@@ -22,8 +21,8 @@ from dialogue.data import packing, sources
 from dialogue.errors import UserError
 from dialogue.lessons import LESSONS
 
-PASSES = 50  # times that each lesson is read
-REPLAY = 3  # rows of the run's own data beside each row of lessons, in one step
+PASSES = 120  # times that each lesson is read
+TAUGHT, REPLAY = 2, 3  # rows of lessons, and of the run's own data, in each step
 
 
 def read_lessons() -> list[list[str]]:
@@ -37,14 +36,15 @@ def read_lessons() -> list[list[str]]:
 def mix(
     lessons: Sequence[list[str]], rows: list[packing.Row], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
 ) -> list[packing.Row]:
-    """`PASSES` times the lessons, as rows of at most `length` tokens, each before `REPLAY` rows that the seed draws of
-    `rows`: read in this order, every step has its share of both. Of few lessons a row holds several copies, so that
+    """`PASSES` times the lessons, as rows of at most `length` tokens: always `TAUGHT` of them, and `REPLAY` that the
+    seed draws of `rows`. Read in this order, every step has its share of both. Few lessons fill a row several times:
     their share does not depend on how many there are."""
     pieces, _ = packing.encode(tokenizer, list(lessons), length)
     copies = max(1, length // sum(len(turn) for turns in pieces for turn in turns))
     taught = packing.pack(pieces * copies, tokenizer, length, "bot") * PASSES
-    order = itertools.cycle(np.random.default_rng(seed).permutation(len(rows)))
-    return [row for lesson in taught for row in (lesson, *(rows[next(order)] for _ in range(REPLAY)))]
+    own = itertools.cycle([rows[place] for place in np.random.default_rng(seed).permutation(len(rows))])
+    steps = (taught[start : start + TAUGHT] for start in range(0, len(taught), TAUGHT))
+    return [row for step in steps for row in [*step, *itertools.islice(own, REPLAY)]]
 
 
 def start_of(adapters: Path, data: str) -> str:
