@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the file, and say what to do with it."""
     parser = Parser(prog="python -m dialogue.export", description="Write the merged model as GGUF.")
     parser.add_argument("format", choices=["gguf"])
-    parser.add_argument("--model", type=Path, default=Path("gpt2-dialogue-full"), metavar="DIR")
+    parser.add_argument("--model", type=Path, default="gpt2-dialogue-full", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the folder, with .gguf")
     flags = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
