@@ -142,7 +142,7 @@ def _add_tokenizer(writer: Any, folder: Path, tokenizer: PreTrainedTokenizerBase
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(prog="python -m dialogue.export", description="Write the merged model as GGUF.")
     parser.add_argument("format", choices=["gguf"])
-    parser.add_argument("--model", type=Path, default=Path("gpt2-dialogue-full"), metavar="DIR")
+    parser.add_argument("--model", type=Path, default="gpt2-dialogue-full", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the folder, with .gguf")
     return parser.parse_args(argv)
 
