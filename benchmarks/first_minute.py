@@ -40,12 +40,12 @@ PHASES = [
 ]
 
 
-def peak(reset: bool = False) -> int:
-    """Bytes of the largest resident set since it was last set back."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
+def peak() -> int:
+    """Bytes of the largest resident set since the last call."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    found = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    Path("/proc/self/clear_refs").write_text("5")
+    return found
 
 
 class Clock:
@@ -60,7 +60,7 @@ class Clock:
         """What passed since the last turn belongs to the phase that is open."""
         now = time.time()
         row = self.rows.setdefault(self.open[-1], [0.0, 0.0])
-        row[0], row[1], self.last = row[0] + now - self.last, max(row[1], peak(True)), now
+        row[0], row[1], self.last = row[0] + now - self.last, max(row[1], peak()), now
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def inner(*values: Any, **named: Any) -> Any:
