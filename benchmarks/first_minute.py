@@ -112,8 +112,9 @@ def first_chat(tree: Path, folder: Path) -> dict[str, list[float]]:
     rows["chat: a message at once, to its reply"] = [time.time() - start, 0.0]
     status = Path(f"/proc/{chat.pid}/status").read_text().splitlines()
     rows["chat: peak"] = [0.0, 1024 * next(float(line.split()[1]) for line in status if line.startswith("VmHWM"))]
-    chat.sendline("exit\r")
-    chat.close()
+    chat.expect("you>")
+    chat.send("exit\r")
+    chat.expect(pexpect.EOF)
     return rows
 
 
