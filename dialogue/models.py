@@ -4,7 +4,6 @@ What differs between model families stands in `LORA_TARGETS` and `CONV1D_FAMILIE
 """
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -27,7 +26,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
-from dialogue import hub, machine, storage, wheels
+from dialogue import hub, machine, storage, weights, wheels
 from dialogue.errors import UserError, in_a_line, said_in_a_line
 from dialogue.prompt import BOT, END, USER, check_text, find_roles
 
@@ -113,7 +112,7 @@ def load_config(name: str) -> PretrainedConfig:
         for field in ("activation_function", "hidden_act"):
             if getattr(config, field, None) not in (None, *ACT2FN):
                 raise ValueError(f"config.json has an unknown {field}, {getattr(config, field)!r}")
-        sizes = _sizes(Path(resolve(name)))
+        sizes = weights.sizes(Path(resolve(name)))
         layers = getattr(config, "num_hidden_layers", 0)
         if layers > (len(sizes) or MOST_LAYERS):  # before anything is built: ten million would take hours
             raise ValueError(f"weights are missing: there are not enough for the {layers:,} layers of config.json")
@@ -123,15 +122,6 @@ def load_config(name: str) -> PretrainedConfig:
         if 0 < stored < count and not hasattr(config, "quantization_config"):
             raise ValueError(f"weights are missing: {stored:,} are there, config.json describes {count:,}")
         return config
-
-
-def _sizes(folder: Path) -> list[int]:
-    """Elements of each tensor in a folder's safetensors, from their headers; none where there is no such folder."""
-    sizes = []
-    for path in folder.glob("model*.safetensors"):
-        with safe_open(path, "pt") as file:
-            sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.offset_keys()]
-    return sizes
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -217,10 +207,6 @@ def load_base(
     _check_whole(name)
     model: Any = _load_weights(name, dtype, device, quant_config)
     if quant_config and device.type == "cpu":
-        # What stayed in 16 bits is a view of the file, which would keep all of the file in memory.
-        for parameter in model.parameters():
-            if parameter.dtype == dtype:
-                parameter.data = parameter.data.clone()
         machine.release_memory()
     if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -242,10 +228,16 @@ def _load_weights(
     """The model `name` with all of its weights, each of the shape that its config says."""
     config = load_config(name)
     with _loading(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(name), config=config, dtype=dtype, device_map={"": device}, quantization_config=quant_config,
-            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **where(name),
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "config": config, "dtype": dtype, "device_map": {"": device}, "quantization_config": quant_config,
+            "ignore_mismatched_sizes": True, "output_loading_info": True,
+        }  # fmt: skip
+        if isinstance(dtype, torch.dtype) and (
+            state := weights.read(resolve(name), dtype, where(name)["local_files_only"])
+        ):
+            loaded: Any = type(without_weights(config)).from_pretrained(None, state_dict=state, **options)
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(resolve(name), use_safetensors=True, **options, **where(name))
         model, found = loaded
         if found["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"weights are missing, {min(found['missing_keys'])} for one")
