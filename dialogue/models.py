@@ -239,6 +239,7 @@ def _load_weights(
         else:
             loaded = AutoModelForCausalLM.from_pretrained(resolve(name), use_safetensors=True, **options, **where(name))
         model, found = loaded
+        model.name_or_path = model.config.name_or_path = resolve(name)  # adapters name their base by it
         if found["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"weights are missing, {min(found['missing_keys'])} for one")
         for weight, stored, described in found["mismatched_keys"]:  # refused here, in words of our own

@@ -547,7 +547,7 @@ def test_too_little_memory_while_a_model_loads_or_replies(merged, base, here, ca
     def take_too_much(*_, **__):
         torch.empty(10**15)
 
-    monkeypatch.setattr("dialogue.models.AutoModelForCausalLM.from_pretrained", take_too_much)
+    monkeypatch.setattr("dialogue.models.PreTrainedModel.from_pretrained", take_too_much)
     chat._load.cache_clear()
     for run in (lambda: say("--model", str(merged)), lambda: train(base)):
         assert run() == 2
