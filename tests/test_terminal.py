@@ -161,6 +161,7 @@ def test_completion(typed, offered, tmp_path, monkeypatch):
      ("/set top_p 7", "top_p must be"), ("/set max_t 0", "max_t must be"), ("/save", "typed /save FILE"),
      ("/undo twice", "typed /undo"), ("/load nowhere.json", "could not be read"), ("/load .", "is a folder"),
      ("/load /dev/zero", "is a folder or a device"), ("/load pipe", "a device"), ("/save pipe", "take another name"),
+     ("/load huge", "no conversation is so long"),
      ("/save /dev/full", "is a folder or a device: give the name of a file; take another name"),
      ("/save /dev/null", "take another name"), ("/save .", "is a folder"), ("/save file.txt", "take another name")],
 )  # fmt: skip
@@ -168,6 +169,8 @@ def test_a_wrong_command_explains_itself_and_changes_nothing(line, said, tmp_pat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.txt").write_text("a text")
     os.mkfifo("pipe")
+    with open("huge", "w") as file:
+        file.truncate(1 << 40)
     loading = terminal.in_background(lambda: None)
     loading.result()
     chat = session.Chat(loading, print, {"max_t": 50, "temp": 0.8, "top_k": 40, "top_p": 0.9}, {}, "on")

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from dialogue.chat.rerank import Candidate
     from dialogue.chat.session import Chat
 
+LARGEST = 1 << 30  # bytes of a saved conversation
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
 LEAVE = ("exit", "quit", "bye", "/exit", "/quit", "/bye", "/q")
 WHOLE_NUMBERS = ("max_t", "top_k", "best_of", "seed")  # the other settings are any numbers
@@ -268,6 +269,8 @@ def read_messages(path: Path) -> Any:
     """The JSON in a file. Raises UserError where there is none."""
     if os.path.exists(path) and not os.path.isfile(path):  # reading /dev/zero never ends
         raise UserError(f"{plain(str(path))} is a folder or a device: give the name of a file")
+    if os.path.isfile(path) and path.stat().st_size > LARGEST:
+        raise UserError(f"{plain(str(path))} has more than {LARGEST / 1e9:.1f} GB: no conversation is so long")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
