@@ -126,7 +126,7 @@ def main() -> None:
     known = parser.parse_args()
     tree, flags = known.tree.resolve(), known.flags
     with tempfile.TemporaryDirectory() as made:
-        folder = known.folder or Path(made)
+        folder = (known.folder or Path(made)).resolve()
         folder.mkdir(exist_ok=True)
         out = folder / "phases.json"
         began = {"FIRST_MINUTE_BEGAN": str(time.time())}
