@@ -1,7 +1,6 @@
 """How a run ends other than by itself: a person's mistake, a signal; and what the scripts do then."""
 
 import argparse
-import errno
 import io
 import os
 import shutil
@@ -148,8 +147,6 @@ def _streams() -> Iterator[None]:
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
                 raise UserError(f"{stream.name} could not be written: {error.strerror}") from error
-        if error.errno == errno.EBADF:
-            raise UserError("standard input cannot be read: it was opened for writing") from error
         raise
 
 

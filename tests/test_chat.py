@@ -137,7 +137,6 @@ def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):
         ("--model /nowhere 2>/dev/full", 2, ""),
         ("--version >&-", 2, "standard output is closed"),
         ("<&-", 2, "there is no message to answer"),
-        ("0>file", 2, "standard input cannot be read"),
         ("--model /nowhere <&- >&- 2>&-", 2, ""),
         ("--version <&- 2>&-", 0, ""),
         ("--version; rmdir ../gone; $0 $1 --version", 2, "the working directory cannot be used"),
