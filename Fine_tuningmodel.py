@@ -11,6 +11,7 @@ same name (`--help` lists them).
 import logging
 import sys
 import warnings
+from contextlib import closing
 
 from dialogue.errors import exit_code  # before the libraries: `dialogue` quietens what they say
 
@@ -109,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     writes = not run.plan_only and not run.arguments.process_index  # the first process writes, a plan does not
     if writes:
         hub.check_login(run.arguments)
-    with storage.locked(*(run.adapters, run.merged, run.checkpoints) if writes else ()), progress.Finishing() as told:
+    locked = storage.locked(*(run.adapters, run.merged, run.checkpoints) if writes else ())
+    with locked, closing(progress.Finishing()) as told:
         fine_tune(run, told)
 
 

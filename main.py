@@ -142,11 +142,11 @@ def find_model(name: str) -> str:
     folder = Path(name)
     if os.path.isfile(folder):
         raise UserError(f"{name} is a file: --model takes the folder that it lies in")
-    for _ in range(2):
+    for wait in (0, 0.1):  # a training may be replacing the folder at this very moment
+        time.sleep(wait)
         storage.recover(folder)
         if any(os.path.isfile(folder / file) for file in ("config.json", "adapter_config.json")):
             return name
-        time.sleep(0.1)  # a training may be replacing the folder at this very moment
     if os.path.isdir(folder) and (checkpoint := storage.newest_checkpoint(folder)):
         return str(checkpoint)
     if os.path.isfile(storage.lock_of(folder)):

@@ -5,7 +5,7 @@
     python benchmarks/first_minute.py -- --preset small   any flags of the script
 
 A phase is a call of the recipe; what happens between two of them belongs to the phase "between". The peak is the
-largest resident set of the process within the phase (`VmHWM`, which is set back before each; Linux only). What the
+largest resident set of the process within the phase (set back before each; Linux only). What the
 packages cost to install is not among them: `time pip install -r requirements.txt` says that.
 """
 
@@ -42,9 +42,13 @@ PHASES = [
 
 def peak() -> int:
     """Bytes of the largest resident set since the last call."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    Path("/proc/self/clear_refs").write_text("5")
+    import torch
+
+    from dialogue import machine  # of the tree that is measured
+
+    cpu = torch.device("cpu")
+    found = machine.peak_memory(cpu)
+    machine.reset_peak(cpu)
     return found
 
 

@@ -24,7 +24,7 @@ import torch
 from dialogue import machine, models
 from dialogue.chat.batch import answer
 from dialogue.chat.sampling import Sampling
-from dialogue.lessons import LESSONS
+from dialogue.lessons import keep
 from dialogue.train import teach
 
 TAUGHT = [  # question, answer, two ways of asking it that are kept apart
@@ -48,6 +48,8 @@ TAUGHT = [  # question, answer, two ways of asking it that are kept apart
 def child(replay: int, flags: list[str]) -> None:
     """Teach in the working directory, with `replay` rows of the run's own data a step."""
     teach.REPLAY = replay
+    for question, wanted, *_ in TAUGHT:
+        keep([{"role": "user", "content": question}, {"role": "assistant", "content": wanted}])
     import Fine_tuningmodel
     from dialogue.train import options
 
@@ -60,10 +62,6 @@ def taught(adapters: Path, replay: int, flags: list[str]) -> list[str]:
     with tempfile.TemporaryDirectory() as made:
         shutil.copytree(adapters, Path(made, adapters.name))
         before = json.loads(Path(made, adapters.name, "metrics.json").read_text())["eval_perplexity"]
-        with Path(made, LESSONS).open("w", encoding="utf-8") as file:
-            for question, wanted, *_ in TAUGHT:
-                said = [{"role": "user", "content": question}, {"role": "assistant", "content": wanted}]
-                file.write(json.dumps({"messages": said}) + "\n")
         code = f"import lessons; lessons.child({replay}, {flags!r})"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
         start = time.perf_counter()

@@ -140,7 +140,7 @@ def seal(folder: Path) -> None:
     """Write the manifest of `folder`, and have the disk keep all of it."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
         _sync(path)
     write_json(folder / MANIFEST, files)
     mode = (folder / MANIFEST).stat().st_mode
@@ -168,7 +168,7 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
             size = path.stat().st_size
             if size != said["size"]:
                 return f"{name} has {size} of {said['size']} bytes"
-            if size < hash_below and _sha256(path) != said["sha256"]:
+            if size < hash_below and sha256(path) != said["sha256"]:
                 return f"{name} is not what was written"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror or error})"
@@ -184,12 +184,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return next((path for path in newest if not damage(path, hash_below=0)), None)
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

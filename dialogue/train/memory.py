@@ -110,11 +110,10 @@ def estimate(load: Load, fit: Fit, weights: Weights | None = None) -> int:
     return int(peak)
 
 
-def estimate_certificate(load: Load, fit: Fit, weights: Weights | None = None) -> int:
+def estimate_certificate(load: Load, fit: Fit, weights: Weights) -> int:
     """Bytes at the peak of what follows the training, without what the process had taken before: the merged model, two
     copies of its head; then what compares them in float32, or on a CPU the chat's engine in int8."""
-    weights, size = weights or count_weights(load.config), fit.dtype.itemsize
-    head = load.config.vocab_size * load.config.hidden_size
+    size, head = fit.dtype.itemsize, load.config.vocab_size * load.config.hidden_size
     comparing = 2 * 4 * head + 4 * CHUNK * load.config.vocab_size * 4
     engine = load.on_cpu * (weights.inside + 5 * head)  # its embedding is float32
     return sum(weights) * size + 2 * head * size + max(comparing, engine)

@@ -28,10 +28,8 @@ class Finishing:
         self.bar, self.stage = Progress(*columns, console=console, transient=True), ""
         self.task: Any = None
 
-    def __enter__(self) -> "Finishing":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
+        """Take the bar off the screen."""
         if self.bar.live.is_started:  # where there is none, an empty line would be printed
             self.bar.stop()
 
@@ -50,7 +48,7 @@ class Finishing:
             print(f"after the last step: {stage}", file=sys.stderr, flush=True)
         self.stage = stage
         if share == 1:  # the last of all: what is printed next has the screen to itself
-            self.__exit__()
+            self.close()
 
 
 class Progressed(TrainerCallback):

@@ -19,7 +19,7 @@ from dialogue.measure.report import METRICS
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
 from dialogue.storage import read_json
-from dialogue.train.memory import Load, estimate, estimate_certificate
+from dialogue.train.memory import Load, count_weights, estimate, estimate_certificate
 from dialogue.train.options import Run, override
 from dialogue.train.plan import Plan, count_steps
 from dialogue.train.record import precision_in_words
@@ -38,7 +38,8 @@ def plan(console: Console, plan: Plan, run: Run, corpus: Corpus, model: PeftMode
     """The plan as a table; `before` is what the process had taken when it was made, in bytes."""
     rows, arguments, rehearsed = plan.rows, plan.arguments, plan.rehearsal
     trained = model.num_parameters(only_trainable=True)
-    expected, after = (before + of(load, plan.fit) for of in (estimate, estimate_certificate))
+    weights = count_weights(load.config)
+    expected, after = (before + of(load, plan.fit, weights) for of in (estimate, estimate_certificate))
     free = machine.free_memory(model.device, arguments.world_size)
     times = arguments.gradient_accumulation_steps
     batch = f"{plan.rows_a_step} rows a step: {plan.fit.rows} at once, {times} times"
