@@ -65,7 +65,7 @@ OBEYED = {
 }  # fmt: skip
 LOADED = {"num_workers": 1, "persistent_workers": True, "prefetch_factor": 5, "in_order": False}  # dataloader_...
 ELSEWHERE = {  # field -> the test that sees it obeyed, in this folder
-    "output_dir": "test_checkpoint.py", "resume_from_checkpoint": "test_bad_input.py", "report_to": "test_repeat.py",
+    "output_dir": "test_checkpoint.py", "report_to": "test_repeat.py",
     "activation_checkpointing_kwargs": "test_settings.py", "push_to_hub": "test_hub.py", "hub_token": "test_hub.py",
     "hub_model_id": "test_hub.py",
     "gradient_checkpointing": "test_settings.py",

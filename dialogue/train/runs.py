@@ -30,7 +30,7 @@ FREE = (
     "adapter_dir", "merged_dir", "output_dir",
     "logging_", "log_", "include_num", "disable_tqdm", "report_to", "run_name", "project", "trackio",
     "save_", "enable_jit", "push_to_hub", "hub_", "load_best", "dataloader_num", "dataloader_p", "ddp_",
-    "skip_memory", "do_", "resume_from", "restore_callback", "local_rank", "debug",
+    "skip_memory", "do_", "restore_callback", "local_rank", "debug",
 )  # fmt: skip
 # Fields of `Run` that say how to start, or stand in the description under names of their own.
 NOT_DESCRIBED = {
@@ -135,9 +135,7 @@ def _run_of(folder: Path) -> Any:
 
 def _newest(run: Run, described: dict[str, Any]) -> Begun:
     """The newest whole checkpoint; a broken one is named and passed over."""
-    given = run.arguments.resume_from_checkpoint
-    named = [Path(given)] if given and str(given).lower() not in ("true", "false") else None
-    for folder in named or checkpoints(run.checkpoints):
+    for folder in checkpoints(run.checkpoints):
         problem = storage.damage(folder)
         if problem or not (folder / storage.MANIFEST).is_file():
             problem = problem or f"it has no {storage.MANIFEST}"
@@ -157,8 +155,6 @@ def _newest(run: Run, described: dict[str, Any]) -> Begun:
                 "resume it, add --overwrite to start afresh, or choose another --output_dir"
             )
         break
-    if named:
-        raise UserError(f"--resume_from_checkpoint {given}: no whole checkpoint of this run is there")
     return Begun()
 
 
