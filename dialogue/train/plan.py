@@ -89,8 +89,8 @@ def rehearse(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, r
     model.zero_grad(set_to_none=True)
     # All processes take as many rows at once, and plan with the first one's clock.
     fit, measured = fit._replace(rows=min(machine.gather(fit.rows))), machine.gather(measured)[0]
-    if run.budget_seconds:  # a tenth of it is for evaluations
-        share = 0.1 * run.budget_seconds / evaluation_seconds(measured, rows.held_out, run.arguments)
+    if run.budget:  # a tenth of it is for evaluations
+        share = 0.1 * run.budget / evaluation_seconds(measured, rows.held_out, run.arguments)
         rows = rows.with_less_held_out(share, tokenizer)
     return foresee(measured, rows, run, fit, packed)
 
@@ -178,7 +178,7 @@ def foresee(rehearsal: Rehearsal, rows: Rows, run: Run, fit: Fit, packed: bool =
     )  # fmt: skip
     mean_row = count_tokens(rows.train) / len(rows.train)
     per_step = rehearsal.seconds * fit.rows * times * mean_row / rehearsal.tokens
-    if budget := run.budget_seconds:
+    if budget := run.budget:
         reserve = evaluation_seconds(rehearsal, rows.held_out, arguments)
         arguments = override(arguments, {"max_steps": max(1, int((budget - reserve) / per_step))})
     steps = count_steps(len(rows.train), arguments)
