@@ -88,20 +88,16 @@ class Begun(NamedTuple):
     versions: Mapping[str, Any] = MappingProxyType({})
 
 
-def find(run: Run, rows: Rows) -> Begun:
-    """Find out what there is of `run`. `run.resume`: True demands it, False starts afresh, None takes what there is.
+def find(run: Run, described: dict[str, Any]) -> Begun:
+    """Find out what there is of a run. `run.resume`: True demands it, False starts afresh, None takes what there is.
 
     A plan looks at nothing. Raises UserError where a folder holds something else, which `run.overwrite` replaces where
     a run of this project wrote it, and for the finished result of this very run.
     """
     if run.plan_only:
         return Begun()
-    return find_described(run, describe(run, rows))
-
-
-def find_described(run: Run, described: dict[str, Any]) -> Begun:
-    """The same for a run that is described already."""
-    has_adapters, has_merged = (_run_of(folder) == described for folder in (run.adapters, run.merged))
+    wrote = [storage.read_json(folder / storage.RUN_FILE).get("run") for folder in (run.adapters, run.merged)]
+    has_adapters, has_merged = (one == described for one in wrote)
     # Checkpoints are deleted last: where there is anything of them, a kill came before the end.
     left = any(run.checkpoints.glob("*checkpoint-*"))
     unfinished = has_adapters and (not has_merged or (left and not run.overwrite))
@@ -127,10 +123,6 @@ def _fit_of(folder: Path) -> Fit | None:
         return Fit.from_json(storage.read_json(folder / storage.RUN_FILE)["fit"])
     except (KeyError, TypeError, AttributeError):
         return None
-
-
-def _run_of(folder: Path) -> Any:
-    return storage.read_json(folder / storage.RUN_FILE).get("run")
 
 
 def _newest(run: Run, described: dict[str, Any]) -> Begun:
