@@ -128,7 +128,7 @@ def fine_tune(run: options.Run, told: progress.Finishing) -> None:
     prepared = rows.prepare(dialogues, tokenizer, run)
 
     # What an earlier start of this very run left: nothing, a checkpoint, or whole adapters
-    begun = runs.find(run, prepared)
+    begun = runs.find(run, described := runs.describe(run, prepared))
     show.line(console, runs.in_words(begun, run))
 
     # The base model, as precise and as quick as this machine allows, with LoRA and three token rows
@@ -148,7 +148,7 @@ def fine_tune(run: options.Run, told: progress.Finishing) -> None:
         runs.check_space(model, run)
         plan.confirm(run)  # more than a day asks first
         show.line(console, f"Repeat this run with: {run.command}")
-        written = record.begin(run, plan, runs.describe(run, prepared))
+        written = record.begin(run, plan, described)
         untaught = teach.ask(model, tokenizer, prepared.lessons)
         trained = trainer.train(model, tokenizer, plan, run, written, begun.checkpoint)
         show.lessons(console, run, prepared.lessons, untaught, teach.ask(model, tokenizer, prepared.lessons), trained)

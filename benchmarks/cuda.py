@@ -210,7 +210,8 @@ class Bench:
                     model.activation_checkpointing_enable()
                 parts = [packed[at : at + rows] for at in range(0, rows * (1 if self.tiny else 8), rows)]
                 load = memory.Load(config, trained, True, length, packing.mean_dialogue_length(packed), not self.on_gpu)
-                plan = memory.estimate(load, memory.Fit(dtype, in_8bit, checkpointing, rows))
+                fit = memory.Fit(dtype, in_8bit, checkpointing, rows)
+                plan = memory.estimate(load, fit, memory.count_weights(config))
                 title = (
                     f"{'8' if in_8bit else '16'} bits, {dtype}, {rows} x {length}{', checkpointing' * checkpointing}"
                 )

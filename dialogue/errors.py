@@ -8,7 +8,7 @@ import signal
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,14 +71,12 @@ class Signals:
     """The first Ctrl-C, SIGTERM or SIGHUP is noted, or where `at_once` raises Stopped; the second ends the process."""
 
     def __init__(self) -> None:
-        self.number = self.agreed = 0
+        self.number = 0
         self.at_once = False
 
-    @contextmanager
-    def noted(self) -> Iterator[None]:
+    def noted(self) -> AbstractContextManager[None]:
         """Inside, signals are handled here."""
-        with handled(self._note, signal.SIGINT, *ENDINGS):
-            yield
+        return handled(self._note, signal.SIGINT, *ENDINGS)
 
     def _note(self, number: int, frame: Any) -> None:
         self.number = number
@@ -167,24 +165,14 @@ def _terminate(number: int, frame: Any) -> NoReturn:
 
 @contextmanager
 def said_in_a_line(target: Path) -> Iterator[None]:
-    """Inside, a disk that is full or does not let us write is a UserError that names `target`."""
+    """Inside, a disk that is full or does not let us write is a UserError that names `target`. safetensors has the
+    reason in its text; torch's writer notices that it failed, and not why."""
+    signs = ("os error 28", "No space left", "I/O error", "PytorchStreamWriter failed", "unexpected pos ")
     try:
         yield
     except Exception as error:
-        if (reason := _write_error(error, target.parent)) is None:
+        if not isinstance(error, OSError) and not any(sign in str(error) for sign in signs):
             raise
+        full = not isinstance(error, OSError) and shutil.disk_usage(target.parent).free < 1_000_000
+        reason = "No space left on device" if full else getattr(error, "strerror", None) or in_a_line(error)
         raise UserError(f"{target} could not be written: {reason}; what was there before is as it was") from error
-
-
-def _write_error(error: Exception, folder: Path) -> str | None:
-    """Why something could not be written, where that is what happened. safetensors has it in its text; torch's
-    writer notices that it failed, and not why."""
-    if isinstance(error, OSError):
-        return str(error.strerror or error)
-    text = str(error)
-    if "os error 28" in text or "No space left" in text:
-        return "No space left on device"
-    if any(sign in text for sign in ("I/O error", "PytorchStreamWriter failed", "unexpected pos ")):
-        full = shutil.disk_usage(folder).free < 1_000_000
-        return "No space left on device" if full else " ".join(text.split())[:160]
-    return None

@@ -8,7 +8,6 @@ CTranslate2, vLLM and `transformers serve` read the merged folder as it is.
 
 import os
 import sys
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +138,13 @@ def _add_tokenizer(writer: Any, folder: Path, tokenizer: PreTrainedTokenizerBase
     special.add_to_gguf(writer, quiet=True)
 
 
-def parse(argv: list[str] | None) -> Namespace:
+def main(argv: list[str] | None = None) -> None:
+    """Write the file, and say what to do with it."""
     parser = Parser(prog="python -m dialogue.export", description="Write the merged model as GGUF.")
     parser.add_argument("format", choices=["gguf"])
     parser.add_argument("--model", type=Path, default="gpt2-dialogue-full", metavar="DIR", help="default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: beside the folder, with .gguf")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Write the file, and say what to do with it."""
-    flags = parse(argv)
+    flags = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = flags.model if flags.model.name else flags.model.resolve()  # "." has no name

@@ -5,7 +5,6 @@ import errno
 import gc
 import os
 import platform
-import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -145,17 +144,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_in_words(error: BaseException) -> str:
-    """One line: where, how much was asked for and is free, and what to do."""
+    """One line: where, how much is free, and what to do."""
     on_cpu = isinstance(error, MemoryError) or "llocate memory" in str(error)
     device = torch.device("cpu") if on_cpu else pick_device()
-    facts = [f"out of memory on the {device.type.upper()}"]
-    if asked := re.search(r"allocate ([\d.]+) ([KMGT]?)i?b", str(error), re.IGNORECASE):
-        size = float(asked[1]) * 1024 ** " KMGT".index(asked[2] or " ")
-        facts.append(f"{size / 1e9:,.2f} GB more are needed")
+    where = f"out of memory on the {device.type.upper()}"
     with suppress(RuntimeError):  # without a context the GPU does not say
-        facts.append(f"{free_memory(device) / 1e9:,.2f} GB are free")
+        where += f", {free_memory(device) / 1e9:,.2f} GB are free"
     elsewhere = "" if device.type == "cpu" else ", or the CPU (with CUDA_VISIBLE_DEVICES=-1 in the environment)"
-    return f"{', '.join(facts)}; close other programs, or take a smaller --preset, --max_length or model{elsewhere}"
+    return f"{where}; close other programs, or take a smaller --preset, --max_length or model{elsewhere}"
 
 
 def duration(seconds: float) -> str:

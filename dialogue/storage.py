@@ -1,14 +1,11 @@
 """Folders that appear whole or not at all, that one process writes at a time, and can be checked; disk space that
 is looked at beforehand."""
 
-import datetime
 import errno
 import hashlib
 import math
 import os
 import shutil
-import socket
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,11 +24,16 @@ def locked(*folders: Path) -> Iterator[None]:
     """Inside, no other process can lock these folders, by whatever path or link; they need not be there yet.
 
     The lock of a process that was killed is free. Of several processes of one run, the first locks for all.
-    Raises UserError, which names the process that holds a lock.
+    Raises UserError where another process holds a lock, and where one of the folders lies inside another.
     """
     from filelock import FileLock, Timeout  # the chat needs none
 
-    check_apart(*folders)
+    for name, other in permutations(folders, 2):
+        if Path(os.path.realpath(other)).is_relative_to(os.path.realpath(name)):
+            raise UserError(
+                f"{name} and {other} are the same folder, or lie one inside the other: "
+                "give each its own (--adapter_dir, --merged_dir, --output_dir)"
+            )
     with ExitStack() as held:
         # In one order, so that of two that start together one gets all.
         for folder in sorted(folders, key=os.path.realpath):
@@ -40,15 +42,11 @@ def locked(*folders: Path) -> Iterator[None]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 held.enter_context(FileLock(file, timeout=0))
             except Timeout as error:
-                raise UserError(
-                    f"{folder} is being written by {_holder(file)}: wait until it has ended, or choose another folder"
-                ) from error
+                said = "is being written by another run: wait until it has ended, or choose another folder"
+                raise UserError(f"{folder} {said}") from error
             except OSError as error:
                 raise UserError(f"{str(folder)[:100]} cannot be created: {error.strerror or error}") from error
             held.callback(_unlink, file)  # before it is released: whoever waits for this very file tries again
-            with suppress(OSError):  # Windows lets nobody write to a locked file
-                now = datetime.datetime.now().isoformat(" ", "seconds")
-                file.write_text(f"process {os.getpid()}, started {now} on {socket.gethostname()}", encoding="utf-8")
         yield
 
 
@@ -63,16 +61,6 @@ def _unlink(file: Path) -> None:
         file.unlink()
 
 
-def _holder(file: Path) -> str:
-    """The process that holds a lock, in words."""
-    for _ in range(20):
-        with suppress(OSError, UnicodeDecodeError):
-            if said := file.read_text(encoding="utf-8"):
-                return said
-        time.sleep(0.05)  # the holder is about to write its name
-    return "another process"
-
-
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder beside `target`; at the end it is sealed and takes `target`'s place.
@@ -82,7 +70,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises UserError where the disk is full or does not let us write.
     """
     target = Path(os.path.realpath(target))
-    beside = unfinished(target)
+    beside = target.parent / f".{target.name}.unfinished"
     try:
         with said_in_a_line(target):
             recover(target)
@@ -108,11 +96,6 @@ def put_in_place(written: Path, target: Path) -> None:
                 raise
     _sync(target.parent)
     recover(target)
-
-
-def unfinished(target: Path) -> Path:
-    """Where `whole_folder` collects the files of `target`."""
-    return target.parent / f".{target.name}.unfinished"
 
 
 def _old(target: Path) -> Path:
@@ -204,16 +187,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_apart(*folders: Path) -> None:
-    """Raises UserError where two of a run's folders are the same folder, or one lies inside another."""
-    for name, other in permutations(folders, 2):
-        if Path(os.path.realpath(other)).is_relative_to(os.path.realpath(name)):
-            raise UserError(
-                f"{name} and {other} are the same folder, or lie one inside the other: "
-                "give each its own (--adapter_dir, --merged_dir, --output_dir)"
-            )
-
-
 def check_free(folder: Path, overwrite: bool) -> None:
     """Raises UserError where `folder` holds something that this run must not replace, or cannot be written.
 
@@ -222,11 +195,9 @@ def check_free(folder: Path, overwrite: bool) -> None:
     try:
         recover(folder)
         if not folder.is_dir():
-            if folder.exists():
-                raise UserError(f"{folder} is a file: choose another folder with --adapter_dir or --merged_dir")
             parent = _existing_parent(folder)
-            if os.path.islink(folder) or not parent.is_dir() or not os.access(parent, os.W_OK):
-                raise UserError(f"{folder} cannot be created: no permission to write there, or no folder above it")
+            if os.path.lexists(folder) or not parent.is_dir() or not os.access(parent, os.W_OK):
+                raise UserError(f"{folder} cannot be created: it is a file, or nobody may write there")
             return
         if os.path.ismount(os.path.realpath(folder)):
             raise UserError(f"{folder} is a mount point, which cannot be replaced: choose a folder inside it")
@@ -236,9 +207,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
     except OSError as error:
         raise UserError(f"{str(folder)[:100]} cannot be used: {error.strerror or error}") from error
     if not is_result:
-        raise UserError(
-            f"{folder} holds files that are not a run's result: choose another --adapter_dir / --merged_dir"
-        )
+        raise UserError(f"{folder} holds files that are not a run's result: choose another folder")
     if not overwrite:
         raise UserError(f"{folder} holds another run's result: add --overwrite to replace it, or choose another folder")
 

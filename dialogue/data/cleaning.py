@@ -58,15 +58,10 @@ def clean(text: str) -> str:
     text = drop_controls(text).translate(_CHARACTERS)
     for pattern, replacement in _STEPS:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"\S+", lambda word: _part(word.group()), text)
+    text = re.sub(r"\S+", lambda word: word[0] if _NO_PROSE.search(word[0]) else _RUN_TOGETHER.sub(" ", word[0]), text)
     return text.strip()
 
 
 def drop_controls(text: str) -> str:
     """Without control characters and lone surrogates, lines parted by newlines: all that is done to other text."""
     return text.replace("\r\n", "\n").translate(_NO_TEXT)
-
-
-def _part(word: str) -> str:
-    """ "right.But" -> "right. But"; addresses and code stay."""
-    return word if _NO_PROSE.search(word) else _RUN_TOGETHER.sub(" ", word)

@@ -9,7 +9,6 @@ import hashlib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from dialogue.errors import UserError
@@ -66,30 +65,21 @@ def fold(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+", text.casefold()))
 
 
-def _wording(text: str) -> str:
-    """Without case and the signs that part sentences; smileys, "C++", "3 - 5" and vowel signs stay what they are."""
-    return " ".join(re.split(r"[\s.,;:!?\"'’‘“”…]+", text.casefold())).strip() or text
-
-
 def _passages(turns: list[str]) -> set[str]:
-    """What marks a dialogue: the whole of it, and each message and reply of `SHARED_WORDS` together."""
-    wordings = [_wording(turn) for turn in turns]
+    """What marks a dialogue: the whole of it, and each message and reply of `SHARED_WORDS` together; without case and
+    the signs that part sentences. Smileys, "C++", "3 - 5" and vowel signs stay what they are."""
+    wordings = [" ".join(re.split(r"[\s.,;:!?\"'’‘“”…]+", turn.casefold())).strip() or turn for turn in turns]
     pairs = (f"{message}\n{reply}" for message, reply in itertools.pairwise(wordings))
     return {"\n\n".join(wordings), *(pair for pair in pairs if len(words(pair)) >= SHARED_WORDS)}
 
 
-def _common(marks: Iterable[set[str]]) -> set[str]:
-    """Passages of many different dialogues, such as the greeting of a help desk: they mark none of them."""
-    different = {frozenset(passages) for passages in marks}
-    counts = Counter(itertools.chain.from_iterable(different))
-    many = min(COMMON, max(2, len(different) // 3))
-    return {passage for passage, count in counts.items() if count > many}
-
-
 def without_overlap(dialogues: Dialogues, other: Dialogues) -> Dialogues:
-    """Those of `dialogues` that share no passage with `other`."""
+    """Those of `dialogues` that share no passage with `other`. Passages of many different dialogues, such as the
+    greeting of a help desk, mark none of them."""
     marks, others = [_passages(turns) for turns in dialogues], [_passages(turns) for turns in other]
-    known = set().union(*others) - _common(marks + others)
+    different = set(map(frozenset, marks + others))
+    counts, many = Counter(itertools.chain.from_iterable(different)), min(COMMON, max(2, len(different) // 3))
+    known = {passage for passage in set().union(*others) if counts[passage] <= many}
     return [turns for turns, passages in zip(dialogues, marks, strict=True) if known.isdisjoint(passages)]
 
 
@@ -123,13 +113,14 @@ def split_by_name(name: str) -> str | None:
     return found[0] if found else None
 
 
-def _digest(text: str) -> int:
-    return int(hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest(), 16)
+def digest(text: str) -> str:
+    """SHA-256 of a text, by which dialogues are put in an order that is always the same."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def split_of(text: str) -> str:
     """Deterministic split by content: of 20 parts, one is validation and one is test."""
-    return {0: "validation", 1: "test"}.get(_digest(text) % 20, "train")
+    return {0: "validation", 1: "test"}.get(int(digest(text), 16) % 20, "train")
 
 
 def hold_out(pool: Dialogues, missing: list[str]) -> dict[str, Dialogues]:
@@ -150,7 +141,7 @@ def hold_out(pool: Dialogues, missing: list[str]) -> dict[str, Dialogues]:
             if not spare:
                 break
             donor = parts[max(spare, key=lambda split: len(parts[split]))]
-            moved = min(donor, key=lambda turns: _digest("\n".join(turns)))
+            moved = min(donor, key=lambda turns: digest("\n".join(turns)))
             donor.remove(moved)
             parts[name].append(moved)
     return parts

@@ -6,7 +6,7 @@ states (some tens of megabytes) with its head; then it can go, and the merged on
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,27 +95,20 @@ def witness_of(model: Any, rows: list[Row], pad: int) -> Witness:
     return Witness(torch.cat(hidden), weight, torch.cat(targets), torch.cat(places))
 
 
-def _log_probabilities(witness: Witness, device: torch.device) -> Iterator[tuple[slice, Tensor]]:
-    """(positions, log-probabilities (n, V)), float32: the logits of GPT-2 lie near -112, where bfloat16 has steps of
-    one half."""
-    weight = witness.head.to(device, torch.float32)
-    for start in range(0, len(witness.targets), CHUNK):
-        part = slice(start, start + CHUNK)
-        yield part, (witness.hidden[part].to(device, torch.float32) @ weight.T).log_softmax(-1)
-
-
 @torch.no_grad()
 def certify(trained: Witness, merged: Witness, quantised: bool, device: torch.device) -> tuple[dict[str, Any], Tensor]:
     """Compare two models on the same reply tokens: (certificate, nats (N,) of the merged one).
 
     Perplexity of both, mean KL(trained || merged) in nats a token, and the share of positions at which both would
-    choose the same token. Raises UserError above the thresholds.
+    choose the same token; in float32, since the logits of GPT-2 lie near -112, where bfloat16 has steps of one half.
+    Raises UserError above the thresholds.
     """
     kl, agree, tokens = 0.0, 0, len(trained.targets)
-    nats = torch.empty(2, tokens)
-    for (part, first), (_, second) in zip(
-        _log_probabilities(trained, device), _log_probabilities(merged, device), strict=True
-    ):
+    nats, heads = torch.empty(2, tokens), [one.head.to(device, torch.float32).T for one in (trained, merged)]
+    for start in range(0, tokens, CHUNK):
+        part = slice(start, start + CHUNK)
+        hidden = (one.hidden[part].to(device, torch.float32) for one in (trained, merged))
+        first, second = ((of @ head).log_softmax(-1) for of, head in zip(hidden, heads, strict=True))
         targets = trained.targets[part, None].to(device)
         nats[0, part], nats[1, part] = (-logs.gather(1, targets)[:, 0].cpu() for logs in (first, second))
         kl += (first.exp() * (first - second)).sum().item()

@@ -28,18 +28,14 @@ class Keeper(TrainerCallback):
         if state.global_step == 0:
             return
         self.saved_step = state.global_step
-        if state.global_step not in self.trainer.scores and self._is_due(args, state, keywords["train_dataloader"]):
+        due, flow = TrainerControl(), DefaultFlowCallback()  # what Trainer does at the end of this step
+        flow.on_step_end(args, state, due)
+        if state.global_step % math.ceil(len(keywords["train_dataloader"]) / args.gradient_accumulation_steps) == 0:
+            flow.on_epoch_end(args, state, due)
+        if due.should_evaluate and state.global_step not in self.trainer.scores:
             self.trainer.evaluate()
         if self.trainer.is_over() or control.should_training_stop:
             raise Over  # Trainer itself would do another step
-
-    def _is_due(self, args, state, train_dataloader: Any) -> bool:
-        """Whether Trainer evaluates at the end of this step."""
-        due, flow = TrainerControl(), DefaultFlowCallback()
-        flow.on_step_end(args, state, due)
-        if state.global_step % math.ceil(len(train_dataloader) / args.gradient_accumulation_steps) == 0:
-            flow.on_epoch_end(args, state, due)
-        return due.should_evaluate
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         readings = machine.gather((self.trainer.seconds, self.trainer.signals.number))

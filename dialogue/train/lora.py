@@ -31,9 +31,11 @@ def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> Lora
         family = model.config.model_type
         wanted = models.LORA_TARGETS.get(family) or TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family)
         if wanted is None or not set(wanted) <= leaves:
+            weights = {name: getattr(module, "weight", None) for name, module in modules.items() if "." in name}
+            able = {name.rpartition(".")[2] for name, of in weights.items() if of is not None and of.dim() == 2}
             raise UserError(
                 f"the base model has no modules named {', '.join(sorted(config.target_modules or []))}: put some of "
-                f"{', '.join(sorted(_projections(modules)))} into target_modules of lora_config"
+                f"{', '.join(sorted(able))} into target_modules of lora_config"
             )
     fitted.target_modules = wanted
     fitted.fan_in_fan_out = model.config.model_type in models.CONV1D_FAMILIES
@@ -43,15 +45,6 @@ def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> Lora
     names = [name.rpartition(".")[2] for name, module in modules.items() if any(module is end for end in ends)]
     fitted.trainable_token_indices = {name: list(roles) for name in names}
     return fitted
-
-
-def _projections(modules: dict) -> set[str]:
-    """Names of the layers that LoRA could attach to."""
-    return {
-        name.rpartition(".")[2]
-        for name, module in modules.items()
-        if getattr(module, "weight", None) is not None and module.weight.dim() == 2 and "." in name
-    }
 
 
 def attach(model: PreTrainedModel, config: LoraConfig, tokenizer: PreTrainedTokenizerBase) -> PeftModel:

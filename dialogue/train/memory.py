@@ -86,9 +86,9 @@ def kept_by_a_block(load: Load) -> float:
     return kept + load.dropout * dropped + load.on_cpu * config.num_attention_heads * load.span
 
 
-def estimate(load: Load, fit: Fit, weights: Weights | None = None) -> int:
+def estimate(load: Load, fit: Fit, weights: Weights) -> int:
     """Bytes at the peak of training, without what the process had taken before it loaded the model."""
-    weights, config, size = weights or count_weights(load.config), load.config, fit.dtype.itemsize
+    config, size = load.config, fit.dtype.itemsize
     base = weights.outside * size + weights.inside * (1 if fit.in_8bit else size)
     tokens, hidden = fit.rows * load.length, config.hidden_size
     block = kept_by_a_block(load)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import shlex
@@ -59,7 +60,7 @@ class Run:
     early_stopping_patience: int
     load_in_8bit: str  # "auto", "yes" or "no"
     keep_dropout: bool
-    budget: str | None  # as it was written, "20m"
+    budget: float | None  # seconds that the training may take; None: as long as its steps take
     lora: LoraConfig
     quant: BitsAndBytesConfig
     arguments: TrainingArguments  # with the batch that was asked for, however it will be divided
@@ -74,23 +75,15 @@ class Run:
 
     @property
     def adapters(self) -> Path:
-        """The folder of the adapters."""
         return Path(self.adapter_dir)
 
     @property
     def merged(self) -> Path:
-        """The folder of the merged model."""
         return Path(self.merged_dir)
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
         return Path(str(self.arguments.output_dir))
-
-    @property
-    def budget_seconds(self) -> float | None:
-        """Seconds that the training may take; None: as long as its steps take."""
-        return parse_duration(self.budget) if self.budget else None
 
 
 def resolve(
@@ -118,8 +111,6 @@ def resolve(
         plan_only=flags.plan, resume=flags.resume, overwrite=flags.overwrite, yes=flags.yes,
         cheaper=tuple(name for name in presets if name != flags.preset), command=repeat_command(argv),
     )  # fmt: skip
-    if run.budget:
-        parse_duration(run.budget)
     check_obeyable(arguments, lora, quant)
     check_kept(run)
     return run
@@ -180,14 +171,15 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--load_in_8bit", choices=["auto", "yes", "no"], default="auto",
         help="8-bit base weights while training; auto: on a GPU from a billion parameters on, "
         "or where memory asks for it")  # fmt: skip
-    add("--budget", metavar="TIME", help="train for so long (90s, 20m, 1h30m), evaluations included, instead of epochs")
+    add("--budget", type=parse_duration, metavar="TIME",
+        help="train for so long (90s, 20m, 1h30m), evaluations included, instead of epochs")  # fmt: skip
     add("--keep_dropout", action="store_true", help="leave the base model's own dropout on (a frozen base needs none)")
     add("--teach", action="store_true", help="go on from the adapters with the lessons that /edit and /good kept")
     add("--plan", action="store_true", help="rehearse, print the plan, and stop")
     add("--yes", action="store_true", help="start without asking, however long it takes")
     add("--resume", action=argparse.BooleanOptionalAction,
         help="go on with an unfinished run of these settings (default: if there is one), or begin anew")  # fmt: skip
-    add("--early_stopping_patience", type=_count_or_0, metavar="N",
+    add("--early_stopping_patience", type=functools.partial(_count, least=0), metavar="N",
         help="stop after N evaluations in a row without a better one; 0: never")  # fmt: skip
     add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")
     add("--debug", action="store_true", help="show a traceback for every error")
@@ -233,23 +225,12 @@ def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingAr
 
 def repeat_command(argv: list[str] | None) -> str:
     """The exact command that repeats this run, without the token of `--hub_token`: others will read it."""
-    words = iter(sys.argv[1:] if argv is None else argv)
-    kept = []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in ("--hub_token", "--hub-token"):
-            kept.append(word)
-        elif not value:
-            next(words, None)
-    return shlex.join(["python", "Fine_tuningmodel.py", *kept])
+    command = shlex.join(["python", "Fine_tuningmodel.py", *(sys.argv[1:] if argv is None else argv)])
+    return re.sub(r" --hub[_-]token[= ]\S+", "", command)
 
 
-def _count_or_0(text: str) -> int:
-    return _count(text) if text != "0" else 0
-
-
-def _count(text: str) -> int:
+def _count(text: str, least: int = 1) -> int:
     number = int(text)
-    if number < 1:
+    if number < least:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return number

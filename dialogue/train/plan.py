@@ -3,8 +3,6 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +14,6 @@ from dialogue.data.packing import IGNORED, Row, collate, count_tokens, one_dialo
 from dialogue.errors import UserError
 from dialogue.measure.likelihood import HeldOut
 from dialogue.measure.loss import head_of, hidden_states, mean_nats
-from dialogue.prompt import find_roles
 from dialogue.train.memory import Fit
 from dialogue.train.options import Run, override
 from dialogue.train.rows import Rows
@@ -54,7 +51,7 @@ class Plan(NamedTuple):
         if days < 1 or run.yes:
             return
         advice = f"cheaper: {' or '.join(f'--preset {name}' for name in run.cheaper)}, or --max_train_dialogues N"
-        if not sys.stdin or not sys.stdin.isatty():
+        if not sys.stdin.isatty():
             raise UserError(f"this run would take {days:.1f} days; add --yes to start it all the same; {advice}")
         if input(f"This run would take {days:.1f} days ({advice}). Start it? [y/N] ").strip().lower() != "y":
             raise UserError("not started")
@@ -66,10 +63,13 @@ def rehearse(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, r
     Where memory is too small, with fewer rows at once and more accumulation. Raises UserError where something would
     not be learned (see the checks below), or where not even a single row fits. Random states are as before.
     """
-    check_labels(rows.train, tokenizer)
-    with _states_kept(model):
+    if any(set(row["labels"]) == {IGNORED} for row in rows.train):
+        raise UserError("a training row has no label: every dialogue needs a reply for the bot to learn")
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        model.eval()
         check_loss(model, rows.train)
         packed = keeps_dialogues_apart(model, rows.train)
+        model.train()
         if not packed:
             held_out = rows.held_out._replace(rows=one_dialogue_a_row(rows.held_out.rows))
             rows = rows._replace(train=one_dialogue_a_row(rows.train), held_out=held_out)
@@ -86,24 +86,13 @@ def rehearse(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, r
             machine.release_memory()
             fit = fit._replace(rows=next(part for part in range(fit.rows // 2, 0, -1) if fit.rows % part == 0))
         check_gradients(model)
+    model.zero_grad(set_to_none=True)
     # All processes take as many rows at once, and plan with the first one's clock.
     fit, measured = fit._replace(rows=min(machine.gather(fit.rows))), machine.gather(measured)[0]
-    if run.budget_seconds:  # a tenth of it is for evaluations
-        share = 0.1 * run.budget_seconds / evaluation_seconds(measured, rows.held_out, run.arguments)
+    if run.budget:  # a tenth of it is for evaluations
+        share = 0.1 * run.budget / evaluation_seconds(measured, rows.held_out, run.arguments)
         rows = rows.with_less_held_out(share, tokenizer)
     return foresee(measured, rows, run, fit, packed)
-
-
-@contextmanager
-def _states_kept(model: PeftModel) -> Iterator[None]:
-    """Inside, the model is in training mode; at the end it has no gradients, and the random states are as before."""
-    on_cuda = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=on_cuda):
-        model.train()
-        try:
-            yield
-        finally:
-            model.zero_grad(set_to_none=True)
 
 
 def measure(model: PeftModel, rows: list[Row], pad: int, fit: Fit, arguments: TrainingArguments) -> Rehearsal:
@@ -128,26 +117,14 @@ def measure(model: PeftModel, rows: list[Row], pad: int, fit: Fit, arguments: Tr
 # ---- Would it learn? ---------------------------------------------------------------------------------
 
 
-def check_labels(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where a row has no label, or where the <END> of a learned reply carries none."""
-    end = find_roles(tokenizer).end
-    for row in rows:
-        if all(label == IGNORED for label in row["labels"]):
-            raise UserError("a training row has no label: every dialogue needs a reply for the bot to learn")
-        if end not in row["labels"]:
-            raise UserError("a reply's <END> carries no label: the bot would never learn to stop")
-
-
 @torch.no_grad()
 def check_loss(model: PeftModel, rows: list[Row]) -> None:
     """Raises UserError where the model's head does more than multiply (a bias, a scale, a cap on the logits):
     the loss in chunks would then be another loss. A few tokens tell; more would be the peak of memory."""
     shortest = min(rows, key=lambda row: len(row["labels"]))
     batch = {name: values[:, :64].to(model.device) for name, values in collate([shortest], 0).items()}
-    model.eval()
     plain = model(**batch, use_cache=False).loss.item()
     chunked = mean_nats(model, batch, head_of(model)).item()
-    model.train()
     if not math.isfinite(plain):
         raise UserError("the base model's loss is not finite: its weights are broken; download it again")
     if not math.isclose(plain, chunked, rel_tol=0.01):
@@ -163,15 +140,12 @@ def keeps_dialogues_apart(model: PeftModel, rows: list[Row]) -> bool:
     packed = next((row for row in rows if row["position_ids"].count(0) > 1), None)
     if packed is None:
         return True
-    model.eval()
     last = one_dialogue_a_row([packed])[-1]
     together, alone = (
         hidden_states(model, {name: of.to(model.device) for name, of in collate([row], 0).items()})[0].float()
         for row in (packed, last)
     )
-    model.train()
-    together = together[-len(alone) :]
-    return bool((together - alone).norm() < ALIKE * alone.norm())
+    return bool((together[-len(alone) :] - alone).norm() < ALIKE * alone.norm())
 
 
 def check_gradients(model: PeftModel) -> None:
@@ -192,32 +166,29 @@ def check_gradients(model: PeftModel) -> None:
 
 def foresee(rehearsal: Rehearsal, rows: Rows, run: Run, fit: Fit, packed: bool = True) -> Plan:
     """The plan that follows from a rehearsal; with a budget, the steps for which there is time."""
-    arguments = fitted(run.arguments, fit)
-    mean_row = count_tokens(rows.train) / len(rows.train)
-    batch = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    per_step = rehearsal.seconds * batch * mean_row / rehearsal.tokens
-    if budget := run.budget_seconds:
-        reserve = evaluation_seconds(rehearsal, rows.held_out, arguments)
-        arguments = override(arguments, {"max_steps": max(1, int((budget - reserve) / per_step))})
-    steps = count_steps(len(rows.train), arguments)
-    evaluations = count_evaluations(steps, len(rows.train), arguments)
-    seconds = budget or steps * per_step
-    seconds = estimate_seconds(rehearsal, seconds, 0 if budget else evaluations, rows.held_out, arguments)
-    return Plan(rows, fit, arguments, rehearsal, steps, seconds, packed)
-
-
-def fitted(arguments: TrainingArguments, fit: Fit) -> TrainingArguments:
-    """`arguments` with the effective batch divided as `fit` says."""
-    times = arguments.gradient_accumulation_steps * arguments.per_device_train_batch_size // fit.rows
-    return override(
-        arguments,
+    times = run.arguments.gradient_accumulation_steps * run.arguments.per_device_train_batch_size // fit.rows
+    arguments = override(
+        run.arguments,
         # gradients underflow in float16 unless they are scaled, which is what Trainer's fp16 does
         {
-            "fp16": fit.dtype == torch.float16, "dataloader_pin_memory": arguments.device.type == "cuda",
+            "fp16": fit.dtype == torch.float16, "dataloader_pin_memory": run.arguments.device.type == "cuda",
             "activation_checkpointing": fit.checkpointing, "per_device_train_batch_size": fit.rows,
             "gradient_accumulation_steps": times,
         },
     )  # fmt: skip
+    mean_row = count_tokens(rows.train) / len(rows.train)
+    per_step = rehearsal.seconds * fit.rows * times * mean_row / rehearsal.tokens
+    if budget := run.budget:
+        reserve = evaluation_seconds(rehearsal, rows.held_out, arguments)
+        arguments = override(arguments, {"max_steps": max(1, int((budget - reserve) / per_step))})
+    steps = count_steps(len(rows.train), arguments)
+    evaluations = 1 if budget else 1 + count_evaluations(steps, len(rows.train), arguments)
+    # Two models on the 100 dialogues of the certificate; 340 short replies for the sampler, their likelihoods, the
+    # card's conversations, and saving. Fitted to a run of the starter (benchmarks/first_minute.py).
+    merging = 2 * min(count_tokens(rows.held_out.rows), 15_000) + 50_000
+    seconds = (budget or steps * per_step) + evaluations * evaluation_seconds(rehearsal, rows.held_out, arguments)
+    seconds += merging * rehearsal.seconds / rehearsal.tokens / 2
+    return Plan(rows, fit, arguments, rehearsal, steps, seconds, packed)
 
 
 def count_steps(rows: int, arguments: TrainingArguments) -> int:
@@ -246,14 +217,3 @@ def evaluation_seconds(rehearsal: Rehearsal, held_out: HeldOut, arguments: Train
     gradient (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1).
     """
     return count_tokens(held_out.rows) / arguments.world_size * rehearsal.seconds / rehearsal.tokens / 2
-
-
-def estimate_seconds(
-    rehearsal: Rehearsal, training_seconds: float, evaluations: int, held_out: HeldOut, arguments: TrainingArguments
-) -> float:
-    """Seconds of the run: `training_seconds` for its steps, evaluations, the merge's certificate and the sampler."""
-    # Two models on the 100 dialogues of the certificate; 340 short replies for the sampler, their likelihoods, the
-    # card's conversations, and saving. Fitted to a run of the starter (benchmarks/first_minute.py).
-    merging = 2 * min(count_tokens(held_out.rows), 15_000) + 50_000
-    evaluating = (1 + evaluations) * evaluation_seconds(rehearsal, held_out, arguments)
-    return training_seconds + evaluating + merging * rehearsal.seconds / rehearsal.tokens / 2

@@ -62,18 +62,7 @@ def write_adapters(
         },
         "conversations": {"before": before, "after": converse(model, tokenizer, seed, plan.rows.openers)},
     }
-    lora.save(model, tokenizer, folder)
-    report.write_report(folder, record, metrics(trained, peak, seed), trained.history)
-
-
-def precision_in_words(plan: Plan) -> str:
-    """ "int8 base, bfloat16"."""
-    return f"{'int8 base, ' * plan.fit.in_8bit}{str(plan.fit.dtype).removeprefix('torch.')}"
-
-
-def metrics(trained: Trained, peak: int, seed: int) -> dict[str, Any]:
-    """What came of a training, in numbers; `peak` in bytes."""
-    return {
+    figures = {
         "train_tokens_per_second": trained.tokens_per_second,
         "train_tokens": trained.tokens,
         "train_seconds": trained.seconds,
@@ -84,3 +73,10 @@ def metrics(trained: Trained, peak: int, seed: int) -> dict[str, Any]:
         **{f"base_eval_{name}": value for name, value in trained.untuned.figures().items()},
         "seed": seed,
     }
+    lora.save(model, tokenizer, folder)
+    report.write_report(folder, record, figures, trained.history)
+
+
+def precision_in_words(plan: Plan) -> str:
+    """ "int8 base, bfloat16"."""
+    return f"{'int8 base, ' * plan.fit.in_8bit}{str(plan.fit.dtype).removeprefix('torch.')}"

@@ -20,7 +20,7 @@ REFUSED = {
     "include_for_metrics batch_eval_metrics do_predict": "an evaluation sums the loss of replies",
     "metric_for_best_model greater_is_better save_strategy": "the adapters with the least loss are kept in any case",
     "save_only_model save_on_each_node": "checkpoints are whole, and the first process writes them",
-    "ignore_data_skip restore_callback_states_from_checkpoint": "a run that was stopped goes on exactly",
+    "ignore_data_skip restore_callback_states_from_checkpoint resume_from_checkpoint": "a run goes on exactly",
     "hub_strategy hub_always_push hub_revision": "both folders are uploaded after the run",
     "optim_target_modules": "LoRA's matrices are small; choose another optim",
     "use_cpu": "a GPU is taken where there is one (CUDA_VISIBLE_DEVICES= hides it)",

@@ -30,7 +30,7 @@ FREE = (
     "adapter_dir", "merged_dir", "output_dir",
     "logging_", "log_", "include_num", "disable_tqdm", "report_to", "run_name", "project", "trackio",
     "save_", "enable_jit", "push_to_hub", "hub_", "load_best", "dataloader_num", "dataloader_p", "ddp_",
-    "skip_memory", "do_", "resume_from", "restore_callback", "local_rank", "debug",
+    "skip_memory", "do_", "restore_callback", "local_rank", "debug",
 )  # fmt: skip
 # Fields of `Run` that say how to start, or stand in the description under names of their own.
 NOT_DESCRIBED = {
@@ -88,20 +88,16 @@ class Begun(NamedTuple):
     versions: Mapping[str, Any] = MappingProxyType({})
 
 
-def find(run: Run, rows: Rows) -> Begun:
-    """Find out what there is of `run`. `run.resume`: True demands it, False starts afresh, None takes what there is.
+def find(run: Run, described: dict[str, Any]) -> Begun:
+    """Find out what there is of a run. `run.resume`: True demands it, False starts afresh, None takes what there is.
 
     A plan looks at nothing. Raises UserError where a folder holds something else, which `run.overwrite` replaces where
     a run of this project wrote it, and for the finished result of this very run.
     """
     if run.plan_only:
         return Begun()
-    return find_described(run, describe(run, rows))
-
-
-def find_described(run: Run, described: dict[str, Any]) -> Begun:
-    """The same for a run that is described already."""
-    has_adapters, has_merged = (_run_of(folder) == described for folder in (run.adapters, run.merged))
+    wrote = [storage.read_json(folder / storage.RUN_FILE).get("run") for folder in (run.adapters, run.merged)]
+    has_adapters, has_merged = (one == described for one in wrote)
     # Checkpoints are deleted last: where there is anything of them, a kill came before the end.
     left = any(run.checkpoints.glob("*checkpoint-*"))
     unfinished = has_adapters and (not has_merged or (left and not run.overwrite))
@@ -129,15 +125,9 @@ def _fit_of(folder: Path) -> Fit | None:
         return None
 
 
-def _run_of(folder: Path) -> Any:
-    return storage.read_json(folder / storage.RUN_FILE).get("run")
-
-
 def _newest(run: Run, described: dict[str, Any]) -> Begun:
     """The newest whole checkpoint; a broken one is named and passed over."""
-    given = run.arguments.resume_from_checkpoint
-    named = [Path(given)] if given and str(given).lower() not in ("true", "false") else None
-    for folder in named or checkpoints(run.checkpoints):
+    for folder in checkpoints(run.checkpoints):
         problem = storage.damage(folder)
         if problem or not (folder / storage.MANIFEST).is_file():
             problem = problem or f"it has no {storage.MANIFEST}"
@@ -157,8 +147,6 @@ def _newest(run: Run, described: dict[str, Any]) -> Begun:
                 "resume it, add --overwrite to start afresh, or choose another --output_dir"
             )
         break
-    if named:
-        raise UserError(f"--resume_from_checkpoint {given}: no whole checkpoint of this run is there")
     return Begun()
 
 

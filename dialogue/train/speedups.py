@@ -44,12 +44,11 @@ def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
                     layer.lora_dropout[name] = CheapDropout(dropout.p)
         elif isinstance(layer, Linear8bitLt):
             _replace_forward(layer, lambda layer, x: _Int8Product.apply(x, layer))
-    lora_dropouts = {id(each) for layer in model.modules() if isinstance(layer, LoraLayer) for each in layer.modules()}
-    for module in list(base.modules()):
+    for path, module in list(base.named_modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, GELUTanh())
-        if not keep_dropout and isinstance(module, nn.Dropout) and id(module) not in lora_dropouts:
+        if not keep_dropout and isinstance(module, nn.Dropout) and "lora_dropout" not in path:
             module.p = 0.0
         if not keep_dropout and isinstance(getattr(module, "attention_dropout", None), float):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 (for the type checker, a module's)
@@ -151,7 +150,10 @@ def _attend_within_dialogues(
         )
     groups = query.shape[1] // key.shape[1]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = [_split(states, lengths) for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))]
+    parts = [  # (heads, length, d) of each dialogue
+        [part.transpose(0, 1) for part in states.transpose(1, 2).flatten(0, 1).split(lengths)]
+        for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))
+    ]
     future = torch.full((max(lengths), max(lengths)), float("-inf"), dtype=query.dtype).triu(1)
     replies = []
     for length, q, k, v in zip(lengths, *parts, strict=True):
@@ -159,11 +161,6 @@ def _attend_within_dialogues(
         replies.append((scores.softmax(-1) @ v).transpose(0, 1))
     batch, heads, width, size = query.shape
     return torch.cat(replies).view(batch, width, heads, size), None
-
-
-def _split(states: Tensor, lengths: list[int]) -> list[Tensor]:
-    """(B, heads, T, d) -> a (heads, length, d) for each dialogue."""
-    return [part.transpose(0, 1) for part in states.transpose(1, 2).flatten(0, 1).split(lengths)]
 
 
 def _dialogue_lengths(query: Tensor, key: Tensor, mask: Tensor | None) -> list[int] | None:

@@ -25,7 +25,7 @@ from dialogue import storage
 from dialogue.chat.batch import answer
 from dialogue.data.packing import collate, count_tokens, fill_up
 from dialogue.errors import Signals, Stopped, UserError, said_in_a_line
-from dialogue.measure.likelihood import HeldOut, Score
+from dialogue.measure.likelihood import Score
 from dialogue.measure.loss import head_of, summed_nats
 from dialogue.train import lora, runs
 from dialogue.train.keeper import Keeper, Over
@@ -43,14 +43,32 @@ class DialogueTrainer(Trainer):
     """Trains the adapters of a PeftModel on packed rows, and remembers the best of them."""
 
     def __init__(
-        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, record: dict[str, Any],
-        patience: int, progress: Progressed, **keywords: Any,
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, run: Run, record: dict[str, Any],
+        progress: Progressed,
     ) -> None:  # fmt: skip
-        super().__init__(model=model, eval_dataset=held_out.rows, **keywords)
+        """Leaves to `Keeper` what Trainer would do less carefully. `record` becomes run.json of each checkpoint."""
+        changes = {
+            "output_dir": str(run.checkpoints / runs.SAVING),  # until a checkpoint is whole
+            "save_total_limit": None, "save_only_model": False, "load_best_model_at_end": False,
+            "enable_jit_checkpoint": False, "push_to_hub": False,
+        }  # fmt: skip
+        arguments, train, held_out = override(plan.arguments, changes), plan.rows.train, plan.rows.held_out
+        if arguments.world_size > 1:
+            train = fill_up(train, arguments.train_batch_size * arguments.world_size)
+        collator = functools.partial(collate, pad=held_out.pad)  # can be sent to a worker, a lambda cannot
+        super().__init__(model, arguments, collator, train, held_out.rows, callbacks=[progress])
         self.peft_model, self.tokenizer, self.held_out, self.head = model, tokenizer, held_out, head_of(model)
-        self.record, self.patience, self.progress, self.signals = record, patience, progress, Signals()
-        self.openers: tuple[str, ...] = OPENERS
+        self.record, self.patience, self.progress = record, run.early_stopping_patience, progress
+        self.openers, self.signals = plan.rows.openers[: len(OPENERS)] or OPENERS, Signals()
         self.loss_is_scaled_for_ga = True  # over the labels of the whole accumulated batch
+        # Trainer's fp16 is wanted for its scaled gradients alone: the weights are 16-bit already, and under autocast
+        # LayerNorm returns float32, in which bitsandbytes' int8 backward pass would then multiply.
+        self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # Trainer's own folder is SAVING
+                callback.logging_dir = callback.logging_dir or str(run.checkpoints / "runs")
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
         self.scores: dict[int, Score] = {}  # by step
         self.best_step: int | None = None
         self.best: dict[str, Tensor] = {}  # the trained parameters at that step, on the CPU
@@ -117,12 +135,6 @@ class DialogueTrainer(Trainer):
         later = sum(step > (self.best_step or 0) for step in self.scores)
         return self.state.global_step >= self.state.max_steps or 0 < self.patience <= later
 
-    def take_best(self) -> None:
-        """Put the best adapters into the model."""
-        for name, parameter in self.peft_model.named_parameters():
-            if name in self.best:
-                parameter.data.copy_(self.best[name])
-
     def write_state(self, folder: Path) -> None:
         """What is kept beside Trainer's own state."""
         scores = {str(step): list(score) for step, score in self.scores.items()}
@@ -166,9 +178,12 @@ def train(
     began = time.perf_counter()
     with model.disable_adapter():
         untuned = plan.rows.held_out.score_in_shares(model, plan.arguments)
-    progress = _progress(plan, time.perf_counter() - began)
-    trainer = _trainer(model, tokenizer, plan, run, record, progress)
-    keeper = Keeper(trainer, run.checkpoints, run.arguments.save_total_limit or 2, run.budget_seconds)
+    progress = Progressed(
+        count_tokens(plan.rows.train) / len(plan.rows.train) * plan.rows_a_step,
+        count_evaluations(plan.steps, len(plan.rows.train), plan.arguments), time.perf_counter() - began,
+    )  # fmt: skip
+    trainer = DialogueTrainer(model, tokenizer, plan, run, record, progress)
+    keeper = Keeper(trainer, run.checkpoints, run.arguments.save_total_limit or 2, run.budget)
     for callback in (*callbacks, keeper):
         trainer.add_callback(callback)
     if checkpoint:
@@ -186,49 +201,11 @@ def train(
         at = f"step {keeper.saved_step} of {trainer.state.max_steps}: the same command goes on from there"
         said = "stopped before anything was saved" if keeper.saved_step < 0 else f"stopped and saved at {at}"
         raise Stopped(keeper.signal or trainer.signals.number, said)
-    trainer.take_best()
+    for name, parameter in model.named_parameters():
+        if name in trainer.best:
+            parameter.data.copy_(trainer.best[name])
     steps = trainer.state.global_step
     best = steps if trainer.best_step is None else trainer.best_step
     tokens = round(steps * progress.tokens_per_step)
     return Trained(steps, best, trainer.seconds, tokens, progress.rate, trainer.state.log_history,
                    trainer.scores[best], untuned)  # fmt: skip
-
-
-def _progress(plan: Plan, evaluation_seconds: float) -> Progressed:
-    arguments, rows = plan.arguments, plan.rows.train
-    evaluations = count_evaluations(plan.steps, len(rows), arguments)
-    return Progressed(count_tokens(rows) / len(rows) * plan.rows_a_step, evaluations, evaluation_seconds)
-
-
-def _trainer(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, run: Run, record: dict[str, Any],
-    progress: Progressed,
-) -> DialogueTrainer:  # fmt: skip
-    """A Trainer that leaves to `Keeper` what it would do less carefully."""
-    arguments, rows = plan.arguments, plan.rows
-    arguments = override(
-        arguments,
-        {
-            "output_dir": str(run.checkpoints / runs.SAVING),  # until a checkpoint is whole
-            "save_total_limit": None, "save_only_model": False, "load_best_model_at_end": False,
-            "enable_jit_checkpoint": False, "push_to_hub": False,
-        },
-    )  # fmt: skip
-    train = rows.train
-    if arguments.world_size > 1:
-        train = fill_up(train, arguments.train_batch_size * arguments.world_size)
-    trainer = DialogueTrainer(
-        model, tokenizer, rows.held_out, record, run.early_stopping_patience, progress, args=arguments,
-        train_dataset=train, callbacks=[progress],
-        data_collator=functools.partial(collate, pad=rows.held_out.pad),  # can be sent to a worker, a lambda cannot
-    )  # fmt: skip
-    trainer.openers = rows.openers[: len(OPENERS)] or OPENERS
-    # Trainer's fp16 is wanted for its scaled gradients alone: the weights are 16-bit already, and under autocast
-    # LayerNorm returns float32, in which bitsandbytes' int8 backward pass would then multiply.
-    trainer.accelerator.autocast_handler = AutocastKwargs(enabled=False)
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):  # Trainer's own folder is SAVING
-            callback.logging_dir = callback.logging_dir or str(run.checkpoints / "runs")
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
