@@ -159,7 +159,7 @@ def test_odd_data_is_handled(what, base, here, capsys):
     assert not set(captured.out + captured.err) & set("\x1b\x07\x9b\u202e"), captured
     assert "odd [/red].jsonl" in captured.out
     if "100,000" in what:
-        assert "2 turns did not fit" in " ".join(captured.out.split())
+        assert "they exceed 256 tokens: 2" in " ".join(captured.out.split())
 
 
 # ---- Training: the base model ------------------------------------------------------------------------
