@@ -40,17 +40,12 @@ class Record(NamedTuple):
 
 @contextmanager
 def faults_named(name: object) -> Iterator[None]:
-    """What can go wrong with any file becomes a UserError that begins with its name."""
+    """What can go wrong with a file (a broken archive, JSON too deep) is a UserError that begins with its name."""
     try:
         yield
-    except RecursionError as error:
-        raise UserError(f"{name}: nested too deeply to be dialogues") from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise UserError(f"{name} is a broken zip or gz ({in_a_line(error)}): download it again") from error
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror or in_a_line(error)}") from error
-    except MemoryError as error:
-        raise UserError(f"{name}: too little memory to read it; split it into smaller files") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or in_a_line(error)
+        raise UserError(f"{name} cannot be read ({reason}): save it again, or split it into smaller files") from error
 
 
 def shown(path: Path | str) -> str:

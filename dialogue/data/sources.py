@@ -176,18 +176,16 @@ def _dailydialog() -> Corpus:
         left_out: Counter[str] = Counter()
         try:
             for name in SPLITS:
-                path = pattern.format(split=name)
                 places: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_files_only": offline}
-                file = hf_hub_download(repository, path, **places)
+                file = hf_hub_download(repository, pattern.format(split=name), **places)
                 files, _ = read_path(Path(file), left_out, [])
                 found[name] = [list(map(clean, turns)) for dialogues in files.values() for turns, _ in dialogues]
-        except Exception as error:  # whatever went wrong with this source, it is named below
-            failures.append(f"{repository}: {in_a_line(error)[:120]}")
-            continue
-        sizes = {name: len(found[name]) for name in SPLITS}
-        if sizes == DAILYDIALOG_SIZES:
+            sizes = {name: len(found[name]) for name in SPLITS}
+            if sizes != DAILYDIALOG_SIZES:
+                raise ValueError(f"has {sizes} dialogues, expected {DAILYDIALOG_SIZES}")
             return Corpus(**found, source="DailyDialog", licence=DAILYDIALOG_LICENCE, notes=counted(left_out))
-        failures.append(f"{repository}: has {sizes} dialogues, expected {DAILYDIALOG_SIZES}")
+        except Exception as error:  # whatever went wrong with this source, it is named below
+            failures.append(f"{repository}: {in_a_line(error)[:150]}")
     raise UserError(
         f"DailyDialog could not be loaded ({'no network' if offline else 'the hub refused'}, and not in the cache): "
         "use `--preset starter`, which needs the Python package index only, or `--dataset PATH` with a copy of "

@@ -156,7 +156,7 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     formatted: Any = argparse.RawDescriptionHelpFormatter
     parser = Parser("Fine_tuningmodel.py", None, what, EPILOGUE, formatter_class=formatted, allow_abbrev=False)
     add = parser.add_argument
-    add("--preset", default="xl", metavar="NAME",
+    add("--preset", default="xl", metavar="NAME", choices=presets,
         help="xl: GPT-2-XL in 8-bit, a GPU of 8 GB or more (the default); small: GPT-2 124M, any computer; "
         "starter: SmolLM2-135M and chitchat from the Python package index, minutes on two CPU cores")  # fmt: skip
     add("--base_model", metavar="NAME", help="a causal language model: its name on the hub, or a folder")
@@ -184,8 +184,6 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")
     add("--debug", action="store_true", help="show a traceback for every error")
     own, rest = parser.parse_known_args(argv)
-    if own.preset not in presets:
-        raise UserError(f"there is no preset {own.preset!r}: choose one of {', '.join(presets)}")
     return own, _training_fields(rest)
 
 

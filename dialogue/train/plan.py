@@ -114,9 +114,6 @@ def measure(model: PeftModel, rows: list[Row], pad: int, fit: Fit, arguments: Tr
     return Rehearsal(min(seconds), count_tokens(longest), machine.peak_memory(device))
 
 
-# ---- Would it learn? ---------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def check_loss(model: PeftModel, rows: list[Row]) -> None:
     """Raises UserError where the model's head does more than multiply (a bias, a scale, a cap on the logits):
@@ -159,9 +156,6 @@ def check_gradients(model: PeftModel) -> None:
     for name, gradient in trained.items():
         if "trainable_tokens" in name and (gradient is None or not gradient.any(dim=-1).all()):
             raise UserError("no gradient reaches one of <USER>, <BOT> and <END>: check the dataset")
-
-
-# ---- How long will it take? --------------------------------------------------------------------------
 
 
 def foresee(rehearsal: Rehearsal, rows: Rows, run: Run, fit: Fit, packed: bool = True) -> Plan:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
+
 from dialogue import machine, storage
 from dialogue.data.packing import Row
 from dialogue.errors import UserError
@@ -120,7 +122,8 @@ def find(run: Run, described: dict[str, Any]) -> Begun:
 def _fit_of(folder: Path) -> Fit | None:
     """The fit in a folder's run.json; None where another version wrote it."""
     try:
-        return Fit.from_json(storage.read_json(folder / storage.RUN_FILE)["fit"])
+        fit = storage.read_json(folder / storage.RUN_FILE)["fit"]
+        return Fit(**{**fit, "dtype": getattr(torch, fit["dtype"])})
     except (KeyError, TypeError, AttributeError):
         return None
 
