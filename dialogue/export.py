@@ -8,6 +8,7 @@ CTranslate2, vLLM and `transformers serve` read the merged folder as it is.
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dialogue.errors import Parser, UserError, exit_code
+from dialogue.errors import Parser, UserError, exit_code, said_in_a_line
 from dialogue.models import load, load_config
 from dialogue.prompt import find_roles
 from dialogue.storage import read_json
@@ -44,7 +45,8 @@ def write_gguf(folder: Path, target: Path) -> None:
     writer = GGUFWriter(beside, config.model_type)
     writer.add_name(folder.resolve().name)
     _describe(writer, config)
-    try:
+    with said_in_a_line(target), ExitStack() as end:
+        end.callback(beside.unlink, missing_ok=True)
         _add_tokenizer(writer, folder, tokenizer, config.vocab_size)
         names = get_tensor_name_map(MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
         for name, tensor in model.state_dict().items():
@@ -62,10 +64,6 @@ def write_gguf(folder: Path, target: Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
         beside.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _check_family(config: PretrainedConfig) -> None:
