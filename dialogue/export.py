@@ -29,11 +29,9 @@ PRE_TOKENIZERS = {"gpt-2": [BYTE_LEVEL], "smollm": [{"type": "Digits", "individu
 
 
 def write_gguf(folder: Path, target: Path) -> None:
-    """Write the merged model in `folder` to `target`: matrices in float16, the rest in float32.
-
-    Raises UserError for a folder that holds no dialogue model, or one that cannot be said in GGUF here
-    (families other than GPT-2 and Llama, tokenizers other than byte-level BPE).
-    """
+    """Write the merged model in `folder` to `target`: matrices in float16, the rest in float32. Raises UserError for a
+    folder that holds no dialogue model, or one that cannot be said in GGUF here (families other than GPT-2 and Llama,
+    tokenizers other than byte-level BPE)."""
     from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
     if not (folder / "config.json").is_file():
@@ -97,11 +95,9 @@ def _describe(writer: Any, config: PretrainedConfig) -> None:
 
 
 def _arrange(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Weights as llama.cpp multiplies them.
-
-    GPT-2's Conv1D keeps (in, out), GGUF (out, in). Llama's rotary embedding turns pairs (i, i + d/2) of a head
-    of size d in transformers, neighbours (2i, 2i + 1) in llama.cpp: the rows of q and k change places.
-    """
+    """Weights as llama.cpp multiplies them. GPT-2's Conv1D keeps (in, out), GGUF (out, in). Llama's rotary embedding
+    turns pairs (i, i + d/2) of a head of size d in transformers, neighbours (2i, 2i + 1) in llama.cpp: the rows of q
+    and k change places."""
     if config.model_type == "gpt2":
         return tensor.T if ".c_" in name and name.endswith(".weight") else tensor
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])

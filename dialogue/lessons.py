@@ -13,9 +13,7 @@ LESSONS = Path("gpt2-dialogue-lessons.jsonl")  # in the working directory, as th
 
 def keep(messages: list[dict[str, Any]]) -> None:
     """Append the last reply of a conversation, to be learned, with the persona and the exchange before it, to be read.
-
-    The file is an ordinary data file that its owner alone can read. Raises UserError where it cannot be written.
-    """
+    The file is an ordinary data file that its owner alone can read. Raises UserError where it cannot be written."""
     persona = [each for each in messages[:-4] if each["role"] == "system"]
     messages = [*persona, *messages[-4:]]
     read = [{**each, "weight": 0} if each["role"] == "assistant" else each for each in messages[:-1]]

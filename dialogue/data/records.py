@@ -34,11 +34,9 @@ def to_dialogues(
     records: list[Record], name: str, left_out: Counter[str], notes: list[str], bot: str | None = None,
     silence: float = exports.SILENCE,
 ) -> list[tuple[list[str], str | None]]:  # fmt: skip
-    """All records of one file -> dialogues, each with the split that its record names. Raises UserError.
-
-    `left_out` counts what is dropped, by reason; `notes` is told how the file was read. `bot` is the name of the one
-    whose turns are the bot's; `silence`, in minutes, parts the conversations of a chat.
-    """
+    """All records of one file -> dialogues, each with the split that its record names. Raises UserError. `left_out`
+    counts what is dropped, by reason; `notes` is told how the file was read. `bot` is the name of the one whose turns
+    are the bot's; `silence`, in minutes, parts the conversations of a chat."""
     first = records[0].value if records else None
     chats = exports.find_chats([record.value for record in records], name, notes)
     if chats:

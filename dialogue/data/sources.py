@@ -32,12 +32,9 @@ KNOWN = ("dailydialog", "chitchat")  # data sets by name; English
 
 
 def load_corpus(dataset: str, bot: str | None = None, silence: float = SILENCE) -> Corpus:
-    """Load "dailydialog", "chitchat", the path of a file or folder, or OWNER/NAME of the hub.
-
-    A folder in the working directory that happens to be called "dailydialog" is not taken for the dataset: that one is
-    "./dailydialog". `bot` and `silence` are for chats: `to_dialogues` says what they are. Raises UserError, one line,
-    for anything that cannot be read or holds no dialogue.
-    """
+    """Load "dailydialog", "chitchat", the path of a file or folder, or OWNER/NAME of the hub. A folder that happens to
+    be called "dailydialog" is "./dailydialog". `bot` and `silence` are those of `to_dialogues`. Raises UserError for
+    anything that cannot be read or holds no dialogue."""
     left_out: Counter[str] = Counter()
     notes: list[str] = []
     if bot and dataset in KNOWN:
@@ -59,10 +56,8 @@ def load_corpus(dataset: str, bot: str | None = None, silence: float = SILENCE) 
 def read_path(
     path: Path, left_out: Counter[str], notes: list[str], bot: str | None = None, silence: float = SILENCE
 ) -> tuple[Files, bool]:
-    """All dialogues at `path`, and whether they have the separators of DailyDialog's release.
-
-    What holds no dialogues in a folder or an archive is passed over, and named in the notes.
-    """
+    """All dialogues at `path`, and whether they have the separators of DailyDialog's release. What holds no dialogues
+    in a folder or an archive is passed over, and named in the notes."""
     files: Files = {}
     passed_over: list[str] = []
     released = False
@@ -90,11 +85,8 @@ def _some(names: list[str]) -> str:
 
 
 def _gather(files: Files, source: str, released: bool, left_out: Counter[str], notes: list[str]) -> Corpus:
-    """Dialogues of files -> splits: as the records say, else as the names of the files do, else held out.
-
-    DailyDialog is known by its text or its separators: only its tokenisation is undone, and its test split is never
-    trained on.
-    """
+    """Dialogues of files -> splits: as the records say, else as the names of the files do, else held out. DailyDialog
+    is known by its text or its separators: only its tokenisation is undone, and its test split is never trained on."""
     tokenised = looks_tokenised([turns for dialogues in files.values() for turns, _ in dialogues])
     found: dict[str, Dialogues] = {name: [] for name in SPLITS}
     origin: dict[str, list[str]] = {name: [] for name in SPLITS}

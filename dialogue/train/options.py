@@ -147,11 +147,8 @@ def parse_duration(text: str) -> float:
 
 
 def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Flags -> (the project's own, TrainingArguments fields that were given).
-
-    An own value that was not given is None, or False for a switch. Raises UserError for a flag or a
-    value that does not exist.
-    """
+    """Flags -> (the project's own, TrainingArguments fields that were given). An own value that was not given is None,
+    or False for a switch. Raises UserError for a flag or a value that does not exist."""
     what = "Fine-tune a language model on dialogues with LoRA, then merge it. Without flags, the script's values hold."
     formatted: Any = argparse.RawDescriptionHelpFormatter
     parser = Parser("Fine_tuningmodel.py", None, what, EPILOGUE, formatter_class=formatted, allow_abbrev=False)
@@ -204,9 +201,7 @@ def _training_fields(words: list[str]) -> dict[str, Any]:
 
 def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingArguments:
     """A copy of `arguments` with some fields replaced. Raises UserError for a value it refuses.
-
-    `gradient_checkpointing` is the older name of `activation_checkpointing`, and a copy follows the newer.
-    """
+    `gradient_checkpointing` is the older name of `activation_checkpointing`, and a copy follows the newer."""
     fields = {name.replace("gradient_checkpointing", "activation_checkpointing"): fields[name] for name in fields}
     try:
         replaced = dataclasses.replace(arguments, **fields)

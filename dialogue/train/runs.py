@@ -90,11 +90,9 @@ class Begun(NamedTuple):
 
 
 def find(run: Run, described: dict[str, Any]) -> Begun:
-    """Find out what there is of a run. `run.resume`: True demands it, False starts afresh, None takes what there is.
-
-    A plan looks at nothing. Raises UserError where a folder holds something else, which `run.overwrite` replaces where
-    a run of this project wrote it, and for the finished result of this very run.
-    """
+    """Find out what there is of a run. `run.resume`: True demands it, False starts afresh, None takes what there is. A
+    plan looks at nothing. Raises UserError where a folder holds something else, which `run.overwrite` replaces where a
+    run of this project wrote it, and for the finished result of this very run."""
     if run.plan_only:
         return Begun()
     wrote = [storage.read_json(folder / storage.RUN_FILE).get("run") for folder in (run.adapters, run.merged)]
@@ -165,9 +163,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def clear(folder: Path, keep: int = 0, step: int = -1) -> None:
     """Delete what is in `folder` but for the newest `keep` checkpoints up to `step`, and the folder if it is empty.
-
-    Later ones than `step` were broken and passed over, and would push out those that are whole.
-    """
+    Later ones than `step` were broken and passed over, and would push out those that are whole."""
     found = checkpoints(folder)
     kept = [path for path in found if int(path.name[11:]) <= step][:keep]
     for path in [path for path in found if path not in kept]:

@@ -128,11 +128,9 @@ def _attend_within_dialogues(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, **keywords: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention, one dialogue after another: no work for pairs of tokens that never see each other.
-
-    query (B, heads, T, d), boolean mask (B, 1, T, T) -> (B, T, heads, d). On a CPU the products in bfloat16 are
-    several times faster than torch's fused kernel. Where the mask is not made of causal blocks, that kernel is used.
-    """
+    """Causal attention, one dialogue after another: no work for pairs of tokens that never see each other. query (B,
+    heads, T, d), boolean mask (B, 1, T, T) -> (B, T, heads, d). On a CPU the products in bfloat16 are several times
+    faster than torch's fused kernel. Where the mask is not made of causal blocks, that kernel is used."""
     lengths = _dialogue_lengths(query, key, attention_mask)
     if lengths is None or dropout:
         return sdpa_attention_forward(

@@ -225,11 +225,9 @@ def train(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, run: Run, record: dict[str, Any],
     checkpoint: Path | None = None, callbacks: tuple[TrainerCallback, ...] = (),
 ) -> Trained:  # fmt: skip
-    """Train `model`'s adapters in place as planned; they end as they were at the step that scores best.
-
-    `record` stands in each checkpoint as its run.json; with `checkpoint` the training goes on from there.
-    Raises Stopped after a signal, with everything saved, and UserError where a checkpoint cannot be written.
-    """
+    """Train `model`'s adapters in place as planned; they end as they were at the step that scores best. `record` stands
+    in each checkpoint as its run.json; with `checkpoint` the training goes on from there. Raises Stopped after a
+    signal, with everything saved, and UserError where a checkpoint cannot be written."""
     model.config.use_cache = False  # a cache would also switch the packed rows' mask off
     began = time.perf_counter()
     with model.disable_adapter():
