@@ -26,7 +26,7 @@ from dialogue import hub, machine, models, storage
 from dialogue.data import corpus, sources
 from dialogue.measure import merge
 from dialogue.prompt import add_roles
-from dialogue.train import lora, memory, options, progress, record, rows, runs, show, speedups, teach, trainer
+from dialogue.train import lora, memory, options, progress, rows, runs, show, speedups, teach, trainer
 from dialogue.train import plan as planning
 
 # ---- Editable values ---------------------------------------------------------------------------------
@@ -148,14 +148,14 @@ def fine_tune(run: options.Run, told: progress.Finishing) -> None:
         runs.check_space(model, run)
         plan.confirm(run)  # more than a day asks first
         show.line(console, f"Repeat this run with: {run.command}")
-        written = record.begin(run, plan, described)
+        written = show.record(run, plan, described)
         untaught = teach.ask(model, tokenizer, prepared.lessons)
         trained = trainer.train(model, tokenizer, plan, run, written, begun.checkpoint)
         show.lessons(console, run, prepared.lessons, untaught, teach.ask(model, tokenizer, prepared.lessons), trained)
         if not run.arguments.process_index:
             told("conversations, adapters")
             with storage.whole_folder(run.adapters) as folder:  # appears whole, or not at all
-                record.write_adapters(folder, model, tokenizer, run, plan, dialogues, trained, written)
+                show.write_adapters(folder, model, tokenizer, run, plan, dialogues, trained, written)
     if run.arguments.process_index:
         return  # the first process writes
 

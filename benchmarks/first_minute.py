@@ -29,7 +29,7 @@ PHASES = [
     ("dialogue.models", "load_base", "base model"),
     ("dialogue.train.plan", "rehearse", "rehearsal"),
     ("dialogue.train.trainer", "train", "training, evaluations"),
-    ("dialogue.train.record", "write_adapters", "adapters, conversations, card"),
+    ("dialogue.train.show", "write_adapters", "adapters, conversations, card"),
     ("dialogue.measure.merge", "witness_of", "certificate: hidden states"),
     ("dialogue.measure.merge", "write", "merge"),
     ("dialogue.measure.merge", "load", "merged model loaded"),

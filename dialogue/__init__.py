@@ -1,8 +1,5 @@
-"""What the two scripts call, one module for each station that a dialogue passes through.
-
-Importing it before the libraries keeps two of them from warning, at their own import, about what nobody can act on,
-oneDNN from hoarding, and torch from using GPUs that nobody asked it to use.
-"""
+"""What the two scripts call. Imported before the libraries, it keeps these from warnings that nobody can act on, oneDNN
+from hoarding, and torch from using GPUs that nobody asked it to use."""
 
 import logging
 import os

@@ -51,10 +51,8 @@ ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(si
 
 @contextmanager
 def handled(handler: Callable, *numbers: int) -> Iterator[None]:
-    """Inside, `handler` gets these signals, but for those that the process ignores (`nohup` has it ignore SIGHUP).
-
-    In another thread than the main one nothing changes: Python sets handlers in the main thread only.
-    """
+    """Inside, `handler` gets these signals, but for those that the process ignores (`nohup` has it ignore SIGHUP). In
+    another thread nothing changes: Python sets handlers in the main thread only."""
     before = {}
     with suppress(ValueError):
         for number in numbers:

@@ -8,6 +8,7 @@ CTranslate2, vLLM and `transformers serve` read the merged folder as it is.
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from dialogue.errors import Parser, UserError, exit_code
+from dialogue.errors import Parser, UserError, exit_code, said_in_a_line
 from dialogue.models import load, load_config
 from dialogue.prompt import find_roles
 from dialogue.storage import read_json
@@ -28,11 +29,9 @@ PRE_TOKENIZERS = {"gpt-2": [BYTE_LEVEL], "smollm": [{"type": "Digits", "individu
 
 
 def write_gguf(folder: Path, target: Path) -> None:
-    """Write the merged model in `folder` to `target`: matrices in float16, the rest in float32.
-
-    Raises UserError for a folder that holds no dialogue model, or one that cannot be said in GGUF here
-    (families other than GPT-2 and Llama, tokenizers other than byte-level BPE).
-    """
+    """Write the merged model in `folder` to `target`: matrices in float16, the rest in float32. Raises UserError for a
+    folder that holds no dialogue model, or one that cannot be said in GGUF here (families other than GPT-2 and Llama,
+    tokenizers other than byte-level BPE)."""
     from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map
 
     if not (folder / "config.json").is_file():
@@ -44,7 +43,8 @@ def write_gguf(folder: Path, target: Path) -> None:
     writer = GGUFWriter(beside, config.model_type)
     writer.add_name(folder.resolve().name)
     _describe(writer, config)
-    try:
+    with said_in_a_line(target), ExitStack() as end:
+        end.callback(beside.unlink, missing_ok=True)
         _add_tokenizer(writer, folder, tokenizer, config.vocab_size)
         names = get_tensor_name_map(MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
         for name, tensor in model.state_dict().items():
@@ -62,10 +62,6 @@ def write_gguf(folder: Path, target: Path) -> None:
         writer.write_tensors_to_file()
         writer.close()
         beside.replace(target)
-    except OSError as error:
-        raise UserError(f"{target} could not be written: {error.strerror or error}") from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _check_family(config: PretrainedConfig) -> None:
@@ -99,11 +95,9 @@ def _describe(writer: Any, config: PretrainedConfig) -> None:
 
 
 def _arrange(name: str, tensor: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Weights as llama.cpp multiplies them.
-
-    GPT-2's Conv1D keeps (in, out), GGUF (out, in). Llama's rotary embedding turns pairs (i, i + d/2) of a head
-    of size d in transformers, neighbours (2i, 2i + 1) in llama.cpp: the rows of q and k change places.
-    """
+    """Weights as llama.cpp multiplies them. GPT-2's Conv1D keeps (in, out), GGUF (out, in). Llama's rotary embedding
+    turns pairs (i, i + d/2) of a head of size d in transformers, neighbours (2i, 2i + 1) in llama.cpp: the rows of q
+    and k change places."""
     if config.model_type == "gpt2":
         return tensor.T if ".c_" in name and name.endswith(".weight") else tensor
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])

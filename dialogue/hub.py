@@ -17,10 +17,8 @@ if TYPE_CHECKING:
 
 @cache
 def reachable() -> bool:
-    """One request of at most five seconds. The hub's own client would retry each file for half a minute.
-
-    Honours HF_HUB_OFFLINE, HF_ENDPOINT and the proxy settings.
-    """
+    """One request of at most five seconds. The hub's own client would retry each file for half a minute. Honours
+    HF_HUB_OFFLINE, HF_ENDPOINT and the proxy settings."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:

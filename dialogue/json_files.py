@@ -18,10 +18,8 @@ def as_json(content: Any) -> str:
 
 
 def read_json(path: Path, shape: Any = None) -> Any:
-    """The JSON in a file, of a shape that `_wrong` knows. Raises UserError for a file that is not so.
-
-    Without a shape: an object, and {} where there is none.
-    """
+    """The JSON in a file, of a shape that `_wrong` knows. Raises UserError for a file that is not so. Without a shape:
+    an object, and {} where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         problem = _wrong(content, {} if shape is None else shape)
@@ -35,11 +33,8 @@ def read_json(path: Path, shape: Any = None) -> Any:
 
 
 def _wrong(content: Any, shape: Any, name: str = "its content") -> str | None:
-    """What is missing or of another type than in `shape`, in words.
-
-    A shape is a type, `[shape]` of a list's items, {"name": shape} of what an object must have, or {str: shape} of all
-    that it has.
-    """
+    """What is missing or of another type than in `shape`, in words. A shape is a type, `[shape]` of a list's items,
+    {"name": shape} of what an object must have, or {str: shape} of all that it has."""
     if isinstance(shape, dict) and isinstance(content, dict):
         inner = [(key, content.get(key), each) for key, each in shape.items() if key is not str]
         inner += [(key, each, shape[str]) for key, each in content.items() if str in shape]
@@ -52,10 +47,8 @@ def _wrong(content: Any, shape: Any, name: str = "its content") -> str | None:
 
 
 def write_private(path: Path, content: Any) -> None:
-    """Write JSON that the owner alone can read; the file is the old one or the new one, never half of it.
-
-    A link is followed. Raises OSError.
-    """
+    """Write JSON that the owner alone can read; the file is the old one or the new one, never half of it. A link is
+    followed. Raises OSError."""
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name[:200]}.{os.getpid()}")
     try:

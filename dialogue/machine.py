@@ -29,11 +29,9 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:
-    """The fastest dtype in which weights can be kept and trained against on `device`.
-
-    On a CPU that multiplies bfloat16 itself it is several times faster than float32, and several times slower where
-    it is emulated. Not measured: a busy machine would choose otherwise.
-    """
+    """The fastest dtype in which weights can be kept and trained against on `device`. On a CPU that multiplies bfloat16
+    itself it is several times faster than float32, and several times slower where it is emulated. Not measured: a busy
+    machine would choose otherwise."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -105,19 +103,16 @@ def peak_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory(keep: bool) -> None:
-    """Let the process keep what it frees, on Linux: glibc hands blocks of 32 MB and more back at once, and the next
-    tensor of that size pays for zeroed pages again (six times its cost for a block of logits). Or let it hand back
-    blocks of 4 MB and more, as it does by itself with what it frees in one piece.
+    """Let the process keep what it frees, on Linux, or hand back blocks of 4 MB and more. By itself glibc hands back
+    those of 32 MB and more, and the next tensor pays for zeroed pages again (six times its cost for a block of logits).
 
-    Not while weights are loaded: the float32 values of a file would stay beside those that were made of them (GPT-2-XL:
-    11.5 GB at the peak). Nor with 8-bit weights on a CPU: each product makes a 16-bit copy of its weight for a moment,
-    and what is kept of the activations would stand in the holes that these leave (GPT-2 774M: 4.4 GB, not 3.4).
-
-    M_TRIM_THRESHOLD is parameter -1 and M_MMAP_THRESHOLD -3 (source: mallopt(3)).
+    Nothing is kept while weights are loaded: the float32 values of a file would stay beside those made of them
+    (GPT-2-XL: 11.5 GB at the peak). Nor with 8-bit weights on a CPU: what is kept of the activations would stand in the
+    holes that each product's 16-bit copy of its weight leaves (GPT-2 774M: 4.4 GB, not 3.4).
     """
     if mallopt := _of_glibc("mallopt"):
-        mallopt(-1, 2**31 - 1)
-        mallopt(-3, 2**30 if keep else 2**22)
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD (source: mallopt(3))
+        mallopt(-3, 2**30 if keep else 2**22)  # M_MMAP_THRESHOLD
 
 
 def release_memory() -> None:

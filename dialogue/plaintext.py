@@ -27,9 +27,6 @@ def plain(text: str) -> str:
 
 
 def stable(text: str) -> str:
-    """The part of a growing text that will not change any more, made plain.
-
-    Left out for now: a control sequence that has begun, and a character of which only some bytes are there
-    (the tokenizer decodes them as U+FFFD).
-    """
+    """The part of a growing text that will not change any more, made plain. Left out for now: a control sequence that
+    has begun, and a character of which only some bytes are there (the tokenizer decodes them as U+FFFD)."""
     return plain(_UNFINISHED.sub("", text.rstrip("\ufffd")))

@@ -44,11 +44,9 @@ class Roles(NamedTuple):
 
 
 def add_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
-    """Make <USER>, <BOT>, <END> special tokens, <END> the EOS, and set the chat template.
-
-    Changes `tokenizer` in place. Padding becomes the base model's own end-of-text token, which is
-    never <END>: a padded position must not teach the model to stop.
-    """
+    """Make <USER>, <BOT>, <END> special tokens, <END> the EOS, and set the chat template. Changes `tokenizer` in place.
+    Padding becomes the base model's own end-of-text token, which is never <END>: a padded position must not teach the
+    model to stop."""
     base_eos = tokenizer.eos_token
     tokenizer.add_special_tokens({"extra_special_tokens": [USER, BOT, END]}, replace_extra_special_tokens=False)
     if base_eos != END:  # a model that was trained here before keeps its padding
@@ -73,10 +71,8 @@ def find_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
 
 
 def without_roles(ids: list[int], roles: Roles) -> list[int]:
-    """What a repetition penalty may fall on: the words that were said.
-
-    Each turn ends with <END>; penalised, the next reply would find no end.
-    """
+    """What a repetition penalty may fall on: the words that were said. Each turn ends with <END>; penalised, the next
+    reply would find no end."""
     return [token for token in ids if token not in roles]
 
 
@@ -87,10 +83,8 @@ def _longest(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> list[int]:
-    """Text -> ids, with special tokens split: nothing in `text` can become a control token.
-
-    Of a text that has `most` tokens for certain, `most` or more: a megabyte takes a second that nothing can end.
-    """
+    """Text -> ids, with special tokens split: nothing in `text` can become a control token. Of a text that has `most`
+    tokens for certain, `most` or more: a megabyte takes a second that nothing can end."""
     if most is not None and len(text) > most:
         text = text[: most * _longest(tokenizer)]
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -117,11 +111,9 @@ def check_text(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def with_persona(persona: str, message: str) -> str:
-    """The person's first message, behind what the bot is told about itself; "" leaves it as it is.
-
-    Of eight places the cheapest that works: a starter that never saw a persona found the reply that fits it among
-    five in 22 of 25 questions (a turn by itself 22, text before the first <USER> 21, the bot's own first turn 21).
-    """
+    """The person's first message, behind what the bot is told about itself; "" leaves it as it is. Of eight places the
+    cheapest that works: a starter that never saw a persona found the reply that fits it among five in 22 of 25
+    questions (a turn by itself 22, text before the first <USER> 21, the bot's own first turn 21)."""
     return f"{persona}\n{message}" if persona else message
 
 
@@ -133,10 +125,8 @@ def encode_turn(
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: list[str], most: int | None = None) -> list[list[int]]:
-    """Turns -> one list of ids a turn; even turns are USER's, odd turns BOT's.
-
-    An empty first turn becomes no ids: BOT opens the dialogue. `most` is for `encode_text`.
-    """
+    """Turns -> one list of ids a turn; even turns are USER's, odd turns BOT's. An empty first turn becomes no ids: BOT
+    opens the dialogue. `most` is for `encode_text`."""
     user, bot, end = find_roles(tokenizer)
     return [
         [] if not (text or index) else encode_turn(tokenizer, bot if index % 2 else user, text, end, most)

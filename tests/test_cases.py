@@ -525,7 +525,7 @@ def test_memory_that_ends_is_one_line_with_the_files_name(tmp_path, monkeypatch)
         raise MemoryError
 
     monkeypatch.setattr(readers, "_text", fail)
-    with pytest.raises(UserError, match=r"a\.jsonl: too little memory"):
+    with pytest.raises(UserError, match=r"a\.jsonl cannot be read"):
         dialogues_of(tmp_path, "a.jsonl", numbered(0, 2))
 
 

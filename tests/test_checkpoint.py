@@ -228,7 +228,7 @@ def test_a_checkpoint_of_another_shape_is_named_and_the_one_before_is_used(
     storage.seal(newest)
     assert run(source, tmp_path) == 0
     said = capsys.readouterr().err
-    assert f"{newest} is passed over: " in said and f"{name} is not as it was written" in said
+    assert f"{newest} is broken and passed over: " in said and f"{name} is not as it was written" in said
     assert weights(tmp_path) == weights(whole)
 
 

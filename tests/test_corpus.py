@@ -188,7 +188,7 @@ WRONG = {
         "no dialogue of two turns or more; text taken as it is; dialogues of fewer than two turns left out: 2",
     ),
     "one.jsonl": (GOOD, "too few"),
-    "broken.zip": (b"PK\x03\x04 nothing", "broken zip"),
+    "broken.zip": (b"PK\x03\x04 nothing", "cannot be read (File is not a zip file)"),
     "broken.parquet": (b"PAR1 nothing", "no readable Parquet"),
     "columns.csv": (b"a,b\n1,2\n", "columns"),
     "cell.csv": (b"dialog\nhello\n", "cell.csv:2"),

@@ -234,7 +234,7 @@ def test_a_run_of_more_than_a_day_asks_first(random_gpt2, talk, tmp_path, monkey
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--preset", "medium"], "choose one of xl, small, starter"),
+        (["--preset", "medium"], "invalid choice: 'medium' (choose from"),
         (["--learning_rat", "1"], "--learning_rate"),
         (["--learning_rate", "fast"], "invalid float"),
         (["--max_length", "0"], "not a positive number"),

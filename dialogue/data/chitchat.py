@@ -19,12 +19,9 @@ _FUNCTION_WORDS = set(Path(__file__).with_name("function_words.txt").read_text(e
 
 
 def load() -> Corpus:
-    """All of it, in episodes of at most `EPISODE` turns.
-
-    For training, those come first whose turns take up each other's words: beside the openings of as many conversations
-    a starter hears more of DailyDialog (benchmarks/settings.md). Validation and test have the openings before the
-    second episodes and so on, in the order of a hash.
-    """
+    """All of it, in episodes of at most `EPISODE` turns. For training, those come first whose turns take up each
+    other's words: a starter hears more then (benchmarks/settings.md). Validation and test have the openings before the
+    second episodes and so on."""
     conversations = json.loads(wheels.fetch(wheels.CHITCHAT).read_text(encoding="utf-8"))
     found: dict[str, Dialogues] = {name: [] for name in SPLITS}
     places: dict[str, list[tuple[int, list[str]]]] = {name: [] for name in SPLITS}
@@ -79,11 +76,9 @@ def _chat_turns(groups: list[list[dict[str, Any]]]) -> list[str]:
 
 
 def _one_line(messages: Iterable[str]) -> str:
-    """["just woke up", "Any plans?"] -> "just woke up. Any plans?"; a return before a capital stood for a full stop.
-
-    Of the 103,000 returns inside a turn, 36 % follow a sign, 34 % part a letter from a capital (a sentence
-    ends there), and 30 % a letter from a small letter (mostly the sentence goes on). A smiley ("XD") takes none.
-    """
+    """["just woke up", "Any plans?"] -> "just woke up. Any plans?"; a return before a capital stood for a full stop. Of
+    the 103,000 returns inside a turn, 36 % follow a sign, 34 % part a letter from a capital (a sentence ends there),
+    and 30 % a letter from a small letter (mostly the sentence goes on). A smiley ("XD") takes none."""
     line = ""
     for message in filter(None, messages):
         ends = message[0].isupper() and re.fullmatch(r"[\w'-]*[a-z0-9]", line.rpartition(" ")[2])

@@ -84,11 +84,9 @@ def without_overlap(dialogues: Dialogues, other: Dialogues) -> Dialogues:
 
 
 def without_leaks(corpus: Corpus) -> Corpus:
-    """`corpus` with a training split of which nothing stands in validation or test, and nothing twice.
-
-    Duplicates are the same text but for white space. Of DailyDialog's 11,118 training dialogues, 596 overlap and 669
-    of the others are duplicates. Raises UserError where no training dialogue is left.
-    """
+    """`corpus` with a training split of which nothing stands in validation or test, and nothing twice. Duplicates are
+    the same text but for white space. Of DailyDialog's 11,118 training dialogues, 596 overlap and 669 of the others are
+    duplicates. Raises UserError where no training dialogue is left."""
     apart = without_overlap(corpus.train, corpus.validation + corpus.test)
     first: dict[str, list[str]] = {}
     for turns in apart:
@@ -124,11 +122,9 @@ def split_of(text: str) -> str:
 
 
 def hold_out(pool: Dialogues, missing: list[str]) -> dict[str, Dialogues]:
-    """Deal `pool` to train and the `missing` splits, 5 % each by hash: the same dialogue always lands in the same.
-
-    A split that gets fewer than `FLOOR` dialogues, or than a tenth of a small pool, takes more from train, in the order
-    of their hashes. Of two dialogues one is for training and one for validation.
-    """
+    """Deal `pool` to train and the `missing` splits, 5 % each by hash: the same dialogue always lands in the same. A
+    split that gets fewer than `FLOOR` dialogues, or than a tenth of a small pool, takes more from train, in the order
+    of their hashes. Of two dialogues one is for training and one for validation."""
     parts: dict[str, Dialogues] = {name: [] for name in ("train", *missing)}
     for dialogue in pool:
         split = split_of("\n".join(dialogue))

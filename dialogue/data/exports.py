@@ -167,10 +167,8 @@ def is_chat(text: str, or_named: bool) -> bool:
 
 
 def _named(lines: list[str]) -> list[list[Message]]:
-    """Lines of `Name: text` -> chats, parted by more empty lines than usual; none where most lines are others.
-
-    A name says two things at least: "PS: no" goes on with what was said before.
-    """
+    """Lines of `Name: text` -> chats, parted by more empty lines than usual; none where most lines are others. A name
+    says two things at least: "PS: no" goes on with what was said before."""
     lines = [line.strip() for line in lines]
     found = list(map(NAMED.match, lines))
     often = {name for name, count in Counter(match[1] for match in found if match).items() if count > 1}
@@ -200,10 +198,8 @@ def _json_chats(value: Any) -> list[dict[str, Any]]:
 
 
 def _of_json(messages: list[dict[str, Any]]) -> list[Message]:
-    """Messages of Telegram ("from", "date", "text") or DiscordChatExporter ("author", "timestamp", "content").
-
-    Telegram has a text with links or bold words as a list of strings and entities; a deleted account has no name.
-    """
+    """Messages of Telegram ("from", "date", "text") or DiscordChatExporter ("author", "timestamp", "content"). Telegram
+    has a text with links or bold words as a list of strings and entities; a deleted account has no name."""
     found = []
     for one in messages:
         author = one["author"] if "timestamp" in one else {"name": one.get("from") or one.get("from_id")}

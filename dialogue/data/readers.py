@@ -40,17 +40,12 @@ class Record(NamedTuple):
 
 @contextmanager
 def faults_named(name: object) -> Iterator[None]:
-    """What can go wrong with any file becomes a UserError that begins with its name."""
+    """What can go wrong with a file (a broken archive, JSON too deep) is a UserError that begins with its name."""
     try:
         yield
-    except RecursionError as error:
-        raise UserError(f"{name}: nested too deeply to be dialogues") from error
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise UserError(f"{name} is a broken zip or gz ({in_a_line(error)}): download it again") from error
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror or in_a_line(error)}") from error
-    except MemoryError as error:
-        raise UserError(f"{name}: too little memory to read it; split it into smaller files") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or in_a_line(error)
+        raise UserError(f"{name} cannot be read ({reason}): save it again, or split it into smaller files") from error
 
 
 def shown(path: Path | str) -> str:
@@ -64,11 +59,8 @@ def _check_size(size: int, name: object) -> None:
 
 
 def walk(path: Path, passed_over: list[str]) -> Iterator[tuple[Parts, bytes]]:
-    """The files at `path`, those in archives too, with their parts below it: `()` for one that is a file itself.
-
-    Hidden files and folders, and the copies that macOS puts into archives, are passed over; so are other kinds of file,
-    whose names are added to `passed_over`.
-    """
+    """The files at `path`, those in archives too, with their parts below it: `()` for one that is a file itself. Hidden
+    files and macOS's copies in archives are passed over; names of other kinds of file go to `passed_over`."""
     with faults_named(path):
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         if files == [path] and not path.is_file():  # reading it may never end
@@ -124,9 +116,7 @@ def _unpack(
 
 def read_records(data: bytes, name: str, choose: Callable[[list[str]], list[str]]) -> Iterator[Record]:
     """The records of one file that is no archive; of Parquet the columns that `choose` picks out of all their names.
-
-    Raises UserError; NoDialogues where it is another kind of file.
-    """
+    Raises UserError; NoDialogues where it is another kind of file."""
     suffix = Path(re.sub(r"\.(gz|zst)$", "", name.lower())).suffix
     if data.startswith(b"PAR1") or suffix == ".parquet":
         yield from _parquet(data, name, choose)
@@ -199,11 +189,9 @@ def _parquet(data: bytes, name: str, choose: Callable[[list[str]], list[str]]) -
 
 
 def _table(text: str, name: str) -> Iterator[Record]:
-    """Rows of CSV as dictionaries, with the delimiter that parts the header best.
-
-    A row with another number of fields than the header is an error with its line, as is a quotation mark that never
-    ends: rows that were read on regardless would teach the wrong speaker.
-    """
+    """Rows of CSV as dictionaries, with the delimiter that parts the header best. A row with another number of fields
+    than the header is an error, as is a quotation mark that never ends: rows that were read on regardless would teach
+    the wrong speaker."""
     csv.field_size_limit(1 << 27)
     header = text.split("\n", 1)[0]
     delimiter = max(",;\t|", key=header.count)

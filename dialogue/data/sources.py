@@ -32,12 +32,9 @@ KNOWN = ("dailydialog", "chitchat")  # data sets by name; English
 
 
 def load_corpus(dataset: str, bot: str | None = None, silence: float = SILENCE) -> Corpus:
-    """Load "dailydialog", "chitchat", the path of a file or folder, or OWNER/NAME of the hub.
-
-    A folder in the working directory that happens to be called "dailydialog" is not taken for the dataset: that one is
-    "./dailydialog". `bot` and `silence` are for chats: `to_dialogues` says what they are. Raises UserError, one line,
-    for anything that cannot be read or holds no dialogue.
-    """
+    """Load "dailydialog", "chitchat", the path of a file or folder, or OWNER/NAME of the hub. A folder that happens to
+    be called "dailydialog" is "./dailydialog". `bot` and `silence` are those of `to_dialogues`. Raises UserError for
+    anything that cannot be read or holds no dialogue."""
     left_out: Counter[str] = Counter()
     notes: list[str] = []
     if bot and dataset in KNOWN:
@@ -59,10 +56,8 @@ def load_corpus(dataset: str, bot: str | None = None, silence: float = SILENCE) 
 def read_path(
     path: Path, left_out: Counter[str], notes: list[str], bot: str | None = None, silence: float = SILENCE
 ) -> tuple[Files, bool]:
-    """All dialogues at `path`, and whether they have the separators of DailyDialog's release.
-
-    What holds no dialogues in a folder or an archive is passed over, and named in the notes.
-    """
+    """All dialogues at `path`, and whether they have the separators of DailyDialog's release. What holds no dialogues
+    in a folder or an archive is passed over, and named in the notes."""
     files: Files = {}
     passed_over: list[str] = []
     released = False
@@ -90,11 +85,8 @@ def _some(names: list[str]) -> str:
 
 
 def _gather(files: Files, source: str, released: bool, left_out: Counter[str], notes: list[str]) -> Corpus:
-    """Dialogues of files -> splits: as the records say, else as the names of the files do, else held out.
-
-    DailyDialog is known by its text or its separators: only its tokenisation is undone, and its test split is never
-    trained on.
-    """
+    """Dialogues of files -> splits: as the records say, else as the names of the files do, else held out. DailyDialog
+    is known by its text or its separators: only its tokenisation is undone, and its test split is never trained on."""
     tokenised = looks_tokenised([turns for dialogues in files.values() for turns, _ in dialogues])
     found: dict[str, Dialogues] = {name: [] for name in SPLITS}
     origin: dict[str, list[str]] = {name: [] for name in SPLITS}
@@ -176,18 +168,16 @@ def _dailydialog() -> Corpus:
         left_out: Counter[str] = Counter()
         try:
             for name in SPLITS:
-                path = pattern.format(split=name)
                 places: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "local_files_only": offline}
-                file = hf_hub_download(repository, path, **places)
+                file = hf_hub_download(repository, pattern.format(split=name), **places)
                 files, _ = read_path(Path(file), left_out, [])
                 found[name] = [list(map(clean, turns)) for dialogues in files.values() for turns, _ in dialogues]
-        except Exception as error:  # whatever went wrong with this source, it is named below
-            failures.append(f"{repository}: {in_a_line(error)[:120]}")
-            continue
-        sizes = {name: len(found[name]) for name in SPLITS}
-        if sizes == DAILYDIALOG_SIZES:
+            sizes = {name: len(found[name]) for name in SPLITS}
+            if sizes != DAILYDIALOG_SIZES:
+                raise ValueError(f"has {sizes} dialogues, expected {DAILYDIALOG_SIZES}")
             return Corpus(**found, source="DailyDialog", licence=DAILYDIALOG_LICENCE, notes=counted(left_out))
-        failures.append(f"{repository}: has {sizes} dialogues, expected {DAILYDIALOG_SIZES}")
+        except Exception as error:  # whatever went wrong with this source, it is named below
+            failures.append(f"{repository}: {in_a_line(error)[:150]}")
     raise UserError(
         f"DailyDialog could not be loaded ({'no network' if offline else 'the hub refused'}, and not in the cache): "
         "use `--preset starter`, which needs the Python package index only, or `--dataset PATH` with a copy of "

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from dialogue import machine
 from dialogue.data.corpus import words
 from dialogue.data.packing import IGNORED, Row, UnlearnedIds, collate, fill_up, pack, to_row
 from dialogue.measure.loss import head_of, hidden_states, summed_nats
@@ -61,14 +62,10 @@ class HeldOut(NamedTuple):
 
     def score_in_shares(self, model: nn.Module, arguments: TrainingArguments) -> Score:
         """The same, each process scoring its share of the rows; all of them get the whole sum."""
-        batch_size, processes = arguments.eval_batch_size, arguments.world_size
-        if processes == 1:
-            return self.score(model, batch_size)
-        rows = fill_up(self.rows, processes)
-        share = self._replace(rows=rows[arguments.process_index :: processes]).score(model, batch_size)
-        sums = torch.tensor([share.nats, share.tokens], dtype=torch.float64, device=next(model.parameters()).device)
-        torch.distributed.all_reduce(sums)
-        return Score(sums[0].item(), int(sums[1]), self.words, self.characters)
+        rows = fill_up(self.rows, arguments.world_size)[arguments.process_index :: arguments.world_size]
+        share = self._replace(rows=rows).score(model, arguments.eval_batch_size)
+        nats, tokens = map(sum, zip(*machine.gather((share.nats, share.tokens)), strict=True))
+        return Score(nats, tokens, self.words, self.characters)
 
 
 def hold_out(pieces: list[list[list[int]]], tokenizer: PreTrainedTokenizerBase, max_length: int) -> HeldOut:

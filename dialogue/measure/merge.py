@@ -64,9 +64,6 @@ def merged_bytes(parameters: int) -> int:
     return int(2.05 * parameters) + 20_000_000
 
 
-# ---- The certificate ---------------------------------------------------------------------------------
-
-
 class Witness(NamedTuple):
     """What a model makes of the certificate's dialogues, on the CPU."""
 

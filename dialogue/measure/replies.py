@@ -43,11 +43,9 @@ class Context(NamedTuple):
 def find_contexts(
     dialogues: Dialogues, count: int, seed: int, shortest: int = 1, longest: int | None = None
 ) -> list[Context]:
-    """One context from each of the first `count` dialogues, cut before a reply that the seed picks.
-
-    A context has `shortest` to `longest` turns; of a dialogue that is too short, as many as it has. A dialogue whose
-    reply was picked already is passed over, so that no reply belongs to two contexts.
-    """
+    """One context from each of the first `count` dialogues, cut before a reply that the seed picks. A context has
+    `shortest` to `longest` turns; of a dialogue that is too short, as many as it has. A dialogue whose reply was picked
+    already is passed over, so that no reply belongs to two contexts."""
     chance, known = random.Random(seed), set[str]()
     contexts: list[Context] = []
     for turns in dialogues:

@@ -18,10 +18,9 @@ from dialogue.prompt import Roles, find_roles
 def fit_config(config: LoraConfig, model: PreTrainedModel, roles: Roles) -> LoraConfig:
     """A copy of `config` that fits `model`: its targets, and the three role tokens' rows to be trained.
 
-    With LoRA on the projections alone the new tokens' embeddings would stay where they began; PEFT's
-    `trainable_token_indices` trains just those rows, in the embedding and in a tied head alike
-    (source: PEFT's documentation of LoRA, "Efficiently train tokens alongside LoRA").
-    Raises UserError where neither `config` nor the tables name a module that `model` has.
+    PEFT's `trainable_token_indices` trains just those rows, in the embedding and in a tied head alike (source: PEFT's
+    documentation of LoRA, "Efficiently train tokens alongside LoRA"). Raises UserError where neither `config` nor the
+    tables name a module that `model` has.
     """
     fitted = copy.deepcopy(config)
     modules = dict(model.named_modules())

@@ -5,7 +5,7 @@ Sizes are bytes unless they say otherwise. What a block keeps for its backward p
 Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models", section 4.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -29,15 +29,6 @@ class Fit(NamedTuple):
     in_8bit: bool  # the base's matrices
     checkpointing: bool  # of activations: only each block's input is kept
     rows: int  # of a micro-batch
-
-    def to_json(self) -> dict[str, Any]:
-        """As run.json holds it."""
-        return {**self._asdict(), "dtype": str(self.dtype).removeprefix("torch.")}
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Fit":
-        """What `to_json` gave."""
-        return cls(getattr(torch, fields["dtype"]), fields["in_8bit"], fields["checkpointing"], fields["rows"])
 
 
 class Load(NamedTuple):

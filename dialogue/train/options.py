@@ -147,16 +147,13 @@ def parse_duration(text: str) -> float:
 
 
 def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Flags -> (the project's own, TrainingArguments fields that were given).
-
-    An own value that was not given is None, or False for a switch. Raises UserError for a flag or a
-    value that does not exist.
-    """
+    """Flags -> (the project's own, TrainingArguments fields that were given). An own value that was not given is None,
+    or False for a switch. Raises UserError for a flag or a value that does not exist."""
     what = "Fine-tune a language model on dialogues with LoRA, then merge it. Without flags, the script's values hold."
     formatted: Any = argparse.RawDescriptionHelpFormatter
     parser = Parser("Fine_tuningmodel.py", None, what, EPILOGUE, formatter_class=formatted, allow_abbrev=False)
     add = parser.add_argument
-    add("--preset", default="xl", metavar="NAME",
+    add("--preset", default="xl", metavar="NAME", choices=presets,
         help="xl: GPT-2-XL in 8-bit, a GPU of 8 GB or more (the default); small: GPT-2 124M, any computer; "
         "starter: SmolLM2-135M and chitchat from the Python package index, minutes on two CPU cores")  # fmt: skip
     add("--base_model", metavar="NAME", help="a causal language model: its name on the hub, or a folder")
@@ -184,8 +181,6 @@ def parse(argv: list[str] | None, presets: dict[str, dict[str, Any]]) -> tuple[a
     add("--overwrite", action="store_true", help="replace an earlier run's result, and another unfinished run")
     add("--debug", action="store_true", help="show a traceback for every error")
     own, rest = parser.parse_known_args(argv)
-    if own.preset not in presets:
-        raise UserError(f"there is no preset {own.preset!r}: choose one of {', '.join(presets)}")
     return own, _training_fields(rest)
 
 
@@ -206,9 +201,7 @@ def _training_fields(words: list[str]) -> dict[str, Any]:
 
 def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingArguments:
     """A copy of `arguments` with some fields replaced. Raises UserError for a value it refuses.
-
-    `gradient_checkpointing` is the older name of `activation_checkpointing`, and a copy follows the newer.
-    """
+    `gradient_checkpointing` is the older name of `activation_checkpointing`, and a copy follows the newer."""
     fields = {name.replace("gradient_checkpointing", "activation_checkpointing"): fields[name] for name in fields}
     try:
         replaced = dataclasses.replace(arguments, **fields)

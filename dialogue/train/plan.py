@@ -58,11 +58,9 @@ class Plan(NamedTuple):
 
 
 def rehearse(model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Rows, run: Run, fit: Fit) -> Plan:
-    """Run a real micro-batch forward and backward, without a step, and plan with what it measured.
-
-    Where memory is too small, with fewer rows at once and more accumulation. Raises UserError where something would
-    not be learned (see the checks below), or where not even a single row fits. Random states are as before.
-    """
+    """Run a real micro-batch forward and backward, without a step, and plan with what it measured. Where memory is too
+    small, with fewer rows at once and more accumulation. Raises UserError where something would not be learned (see the
+    checks below), or where not even a single row fits. Random states are as before."""
     if any(set(row["labels"]) == {IGNORED} for row in rows.train):
         raise UserError("a training row has no label: every dialogue needs a reply for the bot to learn")
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -114,9 +112,6 @@ def measure(model: PeftModel, rows: list[Row], pad: int, fit: Fit, arguments: Tr
     return Rehearsal(min(seconds), count_tokens(longest), machine.peak_memory(device))
 
 
-# ---- Would it learn? ---------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def check_loss(model: PeftModel, rows: list[Row]) -> None:
     """Raises UserError where the model's head does more than multiply (a bias, a scale, a cap on the logits):
@@ -133,10 +128,8 @@ def check_loss(model: PeftModel, rows: list[Row]) -> None:
 
 @torch.no_grad()
 def keeps_dialogues_apart(model: PeftModel, rows: list[Row]) -> bool:
-    """Whether a dialogue in a packed row has the hidden states that it has alone.
-
-    The code of some families (OPT, XGLM) does not pass positions to its mask: dialogues would see each other.
-    """
+    """Whether a dialogue in a packed row has the hidden states that it has alone. The code of some families (OPT, XGLM)
+    does not pass positions to its mask: dialogues would see each other."""
     packed = next((row for row in rows if row["position_ids"].count(0) > 1), None)
     if packed is None:
         return True
@@ -159,9 +152,6 @@ def check_gradients(model: PeftModel) -> None:
     for name, gradient in trained.items():
         if "trainable_tokens" in name and (gradient is None or not gradient.any(dim=-1).all()):
             raise UserError("no gradient reaches one of <USER>, <BOT> and <END>: check the dataset")
-
-
-# ---- How long will it take? --------------------------------------------------------------------------
 
 
 def foresee(rehearsal: Rehearsal, rows: Rows, run: Run, fit: Fit, packed: bool = True) -> Plan:
@@ -211,9 +201,7 @@ def count_evaluations(steps: int, rows: int, arguments: TrainingArguments) -> in
 
 
 def evaluation_seconds(rehearsal: Rehearsal, held_out: HeldOut, arguments: TrainingArguments) -> float:
-    """Seconds of a forward pass over the held-out rows.
-
-    It is half of a step's work: 2 FLOP a weight and token forward, 2 more backward, since frozen weights get no
-    gradient (Kaplan et al. 2020, "Scaling laws for neural language models", section 2.1).
-    """
+    """Seconds of a forward pass over the held-out rows. It is half of a step's work: 2 FLOP a weight and token forward,
+    2 more backward, since frozen weights get no gradient (Kaplan et al. 2020, "Scaling laws for neural language
+    models", section 2.1)."""
     return count_tokens(held_out.rows) / arguments.world_size * rehearsal.seconds / rehearsal.tokens / 2

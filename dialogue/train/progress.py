@@ -87,8 +87,7 @@ class Progressed(TrainerCallback):
         self.steps += 1
         left = (state.max_steps - state.global_step) * self.busy / self.steps
         left += self.evaluations * self.evaluation_seconds
-        in_words = machine.duration(left)
-        self.bar.update(self.task, completed=state.global_step, rate=self.rate, left=in_words)
+        self.bar.update(self.task, completed=state.global_step, rate=self.rate, left=machine.duration(left))
 
     def on_evaluate(self, args, state, control, **keywords: Any) -> None:
         self.evaluations = max(0, self.evaluations - 1)

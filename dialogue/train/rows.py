@@ -40,10 +40,8 @@ class Rows(NamedTuple):
 
 
 def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, run: Run) -> Rows:
-    """Encode and pack what `run` asks for of `corpus`. Raises UserError where nothing fits into a row.
-
-    A tenth as many validation dialogues as training dialogues are held out, a hundred at least.
-    """
+    """Encode and pack what `run` asks for of `corpus`. Raises UserError where nothing fits into a row. A tenth as many
+    validation dialogues as training dialogues are held out, a hundred at least."""
     length = min(run.max_length, models.context_length(models.load_config(run.base_model)))
     train, notes = packing.encode(tokenizer, corpus.train[: run.max_train_dialogues], length)
     validation, _ = packing.encode(tokenizer, corpus.validation[: max(100, len(train) // 10)], length)

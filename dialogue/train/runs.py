@@ -10,6 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import torch
+
 from dialogue import machine, storage
 from dialogue.data.packing import Row
 from dialogue.errors import UserError
@@ -40,11 +42,10 @@ NOT_DESCRIBED = {
 
 def describe(run: Run, rows: Rows) -> dict[str, Any]:
     """Everything that was asked for and decides the result, flat; two runs with equal ones are the same run."""
-    own = {field.name: getattr(run, field.name) for field in dataclasses.fields(run)}
     fields = {field.name: getattr(run.arguments, field.name) for field in dataclasses.fields(run.arguments)
               if field.init}  # fmt: skip
     adapter = {f"lora {name}": value for name, value in dataclasses.asdict(run.lora).items() if name != "peft_version"}
-    asked = {name: value for name, value in own.items() if name not in NOT_DESCRIBED}
+    asked = {name: value for name, value in vars(run).items() if name not in NOT_DESCRIBED}
     asked |= {**adapter, **fields, "processes": run.arguments.world_size}
     described = {
         **{name: _plain_value(value) for name, value in asked.items() if not name.startswith(FREE)},
@@ -89,11 +90,9 @@ class Begun(NamedTuple):
 
 
 def find(run: Run, described: dict[str, Any]) -> Begun:
-    """Find out what there is of a run. `run.resume`: True demands it, False starts afresh, None takes what there is.
-
-    A plan looks at nothing. Raises UserError where a folder holds something else, which `run.overwrite` replaces where
-    a run of this project wrote it, and for the finished result of this very run.
-    """
+    """Find out what there is of a run. `run.resume`: True demands it, False starts afresh, None takes what there is. A
+    plan looks at nothing. Raises UserError where a folder holds something else, which `run.overwrite` replaces where a
+    run of this project wrote it, and for the finished result of this very run."""
     if run.plan_only:
         return Begun()
     wrote = [storage.read_json(folder / storage.RUN_FILE).get("run") for folder in (run.adapters, run.merged)]
@@ -120,7 +119,8 @@ def find(run: Run, described: dict[str, Any]) -> Begun:
 def _fit_of(folder: Path) -> Fit | None:
     """The fit in a folder's run.json; None where another version wrote it."""
     try:
-        return Fit.from_json(storage.read_json(folder / storage.RUN_FILE)["fit"])
+        fit = storage.read_json(folder / storage.RUN_FILE)["fit"]
+        return Fit(**{**fit, "dtype": getattr(torch, fit["dtype"])})
     except (KeyError, TypeError, AttributeError):
         return None
 
@@ -128,16 +128,14 @@ def _fit_of(folder: Path) -> Fit | None:
 def _newest(run: Run, described: dict[str, Any]) -> Begun:
     """The newest whole checkpoint; a broken one is named and passed over."""
     for folder in checkpoints(run.checkpoints):
-        problem = storage.damage(folder)
-        if problem or not (folder / storage.MANIFEST).is_file():
-            problem = problem or f"it has no {storage.MANIFEST}"
-            print(f"{folder} is broken and passed over: {plain(problem)}", file=sys.stderr)
-            continue
         try:
+            sealed = (folder / storage.MANIFEST).is_file()
+            if problem := storage.damage(folder) if sealed else f"it has no {storage.MANIFEST}":
+                raise UserError(problem)
             saved = storage.read_json(folder / storage.RUN_FILE, {"run": dict, "versions": dict})
             storage.read_json(folder / STATE, STATE_SHAPE)
         except UserError as error:
-            print(f"{folder} is passed over: {plain(str(error))}", file=sys.stderr)
+            print(f"{folder} is broken and passed over: {plain(str(error))}", file=sys.stderr)
             continue
         if not (changed := differences(saved["run"], described)):
             return Begun(folder, fit=_fit_of(folder), versions=saved["versions"])
@@ -154,12 +152,9 @@ def checkpoints(folder: Path) -> list[Path]:
     """Checkpoints in `folder`, newest first. Raises UserError where one is not ours."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another folder with --output_dir")
-    try:
-        found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
-        for path in folder.glob(".checkpoint-*.old"):
-            storage.recover(path.with_name(path.name[1:-4]))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror or error}") from error
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and path.is_dir()]
+    for path in folder.glob(".checkpoint-*.old"):
+        storage.recover(path.with_name(path.name[1:-4]))
     for path in found:
         if not (path / storage.MANIFEST).is_file() and not (path / storage.RUN_FILE).is_file():
             raise UserError(f"{path} was not written by this version: move it away, or choose another --output_dir")
@@ -168,9 +163,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def clear(folder: Path, keep: int = 0, step: int = -1) -> None:
     """Delete what is in `folder` but for the newest `keep` checkpoints up to `step`, and the folder if it is empty.
-
-    Later ones than `step` were broken and passed over, and would push out those that are whole.
-    """
+    Later ones than `step` were broken and passed over, and would push out those that are whole."""
     found = checkpoints(folder)
     kept = [path for path in found if int(path.name[11:]) <= step][:keep]
     for path in [path for path in found if path not in kept]:

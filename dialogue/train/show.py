@@ -1,9 +1,11 @@
-"""What is printed before and after a training: an example, the plan, the result."""
+"""What a run says of itself: on the screen an example, the plan, the result; in its folders how it went."""
 
+import datetime
 import math
 import shlex
 from collections.abc import Sequence
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -12,20 +14,31 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from dialogue import machine
-from dialogue.data.corpus import Corpus, rough
+from dialogue import machine, models
+from dialogue.data.corpus import Corpus, Dialogues, rough
 from dialogue.data.packing import IGNORED, Row, count_tokens
-from dialogue.measure.report import METRICS
+from dialogue.measure import report
+from dialogue.measure.replies import converse
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
 from dialogue.storage import read_json
+from dialogue.train import lora
 from dialogue.train.memory import Load, count_weights, estimate, estimate_certificate
 from dialogue.train.options import Run, override
 from dialogue.train.plan import Plan, count_steps
-from dialogue.train.record import precision_in_words
 from dialogue.train.trainer import Trained
 
 ENOUGH = 30  # steps; the learning rate rises and falls in fewer before much is learned
+
+# The TrainingArguments that a reader of the model card wants to see.
+TRAINING_SETTINGS = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "activation_checkpointing", "seed",
+)  # fmt: skip
+CHOSEN = (
+    "base_model", "dataset", "max_train_dialogues", "max_length", "learn", "bot", "silence", "adapter_dir",
+    "merged_dir", "early_stopping_patience",
+)  # fmt: skip
 
 
 def line(console: Console, text: str) -> None:
@@ -98,7 +111,7 @@ def lessons(
         table.add_row(*(Text(plain(text)) for text in (turns[-2], replies[0], turns[-1], replies[1])))
     console.print(table)
     learned = sum(reply == turns[-1] for reply, turns in zip(after, lessons, strict=True))
-    known = read_json(run.adapters / "metrics.json", METRICS)["eval_perplexity"]
+    known = read_json(run.adapters / "metrics.json", report.METRICS)["eval_perplexity"]
     now = trained.score.figures()["perplexity"]
     line(console, f"{learned} of {len(lessons)} lessons are said word for word; perplexity on validation replies: "
          f"{known:.1f} before, {now:.1f} after ({now / known - 1:+.1%}).")  # fmt: skip
@@ -106,7 +119,7 @@ def lessons(
 
 def result(console: Console, run: Run, certificate: dict[str, Any]) -> None:
     """What the run achieved, what it wrote, and what to do next."""
-    metrics, chat = read_json(run.adapters / "metrics.json", METRICS), "chat_precision" in certificate
+    metrics, chat = read_json(run.adapters / "metrics.json", report.METRICS), "chat_precision" in certificate
     console.print(
         f"Perplexity on validation replies: {metrics['base_eval_perplexity']:.1f} untuned, "
         f"[bold]{metrics['eval_perplexity']:.1f}[/] tuned (per token); "
@@ -118,3 +131,59 @@ def result(console: Console, run: Run, certificate: dict[str, Any]) -> None:
     console.print(Text(plain(f"Adapters and report: {run.adapter_dir}/   Merged model: {run.merged_dir}/")))
     extra = "" if run.merged_dir == "gpt2-dialogue-full" else f" --model {shlex.quote(run.merged_dir)}"
     console.print(Text.assemble("Chat with it: ", (plain(f"python main.py{extra}"), "bold")), soft_wrap=True)
+
+
+def record(run: Run, plan: Plan, described: dict[str, Any]) -> dict[str, Any]:
+    """What stands in each checkpoint: how to repeat the run, which run it is, what was chosen for the machine."""
+    fit = {**plan.fit._asdict(), "dtype": str(plan.fit.dtype).removeprefix("torch.")}
+    return {"command": run.command, "run": described, "fit": fit, "versions": machine.versions()}
+
+
+def write_adapters(
+    folder: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run, plan: Plan, corpus: Corpus,
+    trained: Trained, written: dict[str, Any],
+) -> None:  # fmt: skip
+    """The adapters in `folder`, with metrics, curves and a model card that has conversations before and after."""
+    seed, count = run.arguments.seed, len(plan.rows.validation)
+    with model.disable_adapter():
+        before: Dialogues = converse(model, tokenizer, seed, plan.rows.openers)
+    settings = {name: getattr(run, name) for name in CHOSEN}
+    settings |= {"load_in_8bit": plan.fit.in_8bit, "r": run.lora.r, "lora_alpha": run.lora.lora_alpha}
+    settings |= {name: getattr(plan.arguments, name) for name in TRAINING_SETTINGS}
+    peak = machine.peak_memory(model.device)
+    written = written | {
+        "settings": settings,
+        "facts": {
+            "date": f"{datetime.date.today()}",
+            "base model": run.base_model,
+            "data": corpus.source,
+            "licence of the data": corpus.licence or report.UNKNOWN,
+            "licence of the base model": models.licence(run.base_model),
+            "hardware": machine.hardware(model.device),
+            "precision": precision_in_words(plan),
+            "training time": machine.duration(trained.seconds),
+            "step": f"{trained.best_step} of {trained.steps} trained, the best on the validation split",
+            "validated on": f"{count:,} validation dialogues{rough(count)}",
+            "peak memory": f"{peak / 1e9:.1f} GB",
+            **machine.versions(),
+        },
+        "conversations": {"before": before, "after": converse(model, tokenizer, seed, plan.rows.openers)},
+    }
+    figures = {
+        "train_tokens_per_second": trained.tokens_per_second,
+        "train_tokens": trained.tokens,
+        "train_seconds": trained.seconds,
+        "steps": trained.steps,
+        "best_step": trained.best_step,
+        "peak_memory_bytes": peak,
+        **{f"eval_{name}": value for name, value in trained.score.figures().items()},
+        **{f"base_eval_{name}": value for name, value in trained.untuned.figures().items()},
+        "seed": seed,
+    }
+    lora.save(model, tokenizer, folder)
+    report.write_report(folder, written, figures, trained.history)
+
+
+def precision_in_words(plan: Plan) -> str:
+    """ "int8 base, bfloat16"."""
+    return f"{'int8 base, ' * plan.fit.in_8bit}{str(plan.fit.dtype).removeprefix('torch.')}"

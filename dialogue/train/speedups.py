@@ -33,10 +33,8 @@ def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
     base: Any = model.get_base_model()
     on_cpu = base.device.type == "cpu"
     for layer in list(model.modules()):
-        if isinstance(layer, TrainableTokensLayer) and type(layer.base_layer) is nn.Embedding:  # others may scale
-            _replace_forward(layer, _embedding_forward)
-        elif isinstance(layer, TrainableTokensLayer) and type(layer.base_layer) is nn.Linear:
-            _replace_forward(layer, _head_forward)
+        if isinstance(layer, TrainableTokensLayer) and type(layer.base_layer) in (nn.Embedding, nn.Linear):
+            _replace_forward(layer, _rows_forward)  # other kinds may scale
         elif isinstance(layer, LoraLayer):
             _replace_forward(layer, _lora_forward)
             for name, dropout in layer.lora_dropout.items():
@@ -81,14 +79,18 @@ def _lora_forward(layer: Any, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
     return torch.addmm(flat, narrow.to(flat.dtype), up.T.to(flat.dtype), alpha=layer.scaling[adapter]).view_as(result)
 
 
-def _head_forward(layer: Any, hidden: Tensor) -> Tensor:
-    """(B, T, H) -> (B, T, V): logits, with those of the trained rows; PEFT copies the whole matrix here too."""
+def _rows_forward(layer: Any, x: Tensor) -> Tensor:
+    """An embedding (B, T) -> (B, T, H), or a head (B, T, H) -> (B, T, V), some of whose rows are trained. PEFT copies
+    the whole matrix to put three rows into it, and its backward pass makes another."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return type(layer).forward(layer, hidden)
+        return type(layer).forward(layer, x)
     [adapter] = layer.active_adapters
-    logits, ids = layer.base_layer(hidden), torch.tensor(layer.token_indices[adapter], device=hidden.device)
-    trained = layer.trainable_tokens_delta[adapter].to(logits.dtype)
-    return logits.index_copy(-1, ids, linear(hidden, trained))
+    frozen, ids = layer.base_layer(x), torch.tensor(layer.token_indices[adapter], device=x.device)
+    trained = layer.trainable_tokens_delta[adapter].to(frozen.dtype)
+    if x.is_floating_point():
+        return frozen.index_copy(-1, ids, linear(x, trained))
+    hits = x.unsqueeze(-1) == ids  # (B, T, R)
+    return frozen.masked_fill(hits.any(-1, keepdim=True), 0) + hits.to(trained.dtype) @ trained
 
 
 class _Int8Product(torch.autograd.Function):
@@ -104,18 +106,6 @@ class _Int8Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         [gradient], state = gradients, ctx.state
         return gradient @ state.CB.to(gradient.dtype).mul_(state.SCB[:, None] * (1 / 127)), None
-
-
-def _embedding_forward(layer: Any, ids: Tensor) -> Tensor:
-    """(B, T) -> (B, T, H): rows of the frozen embedding, or trained ones. PEFT copies the whole matrix to put three
-    rows into it, and its backward pass makes another."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return type(layer).forward(layer, ids)
-    [adapter] = layer.active_adapters
-    frozen = layer.base_layer(ids)
-    trained = layer.trainable_tokens_delta[adapter].to(frozen.dtype)
-    hits = ids.unsqueeze(-1) == torch.tensor(layer.token_indices[adapter], device=ids.device)  # (B, T, R)
-    return frozen.masked_fill(hits.any(-1, keepdim=True), 0) + hits.to(trained.dtype) @ trained
 
 
 class CheapDropout(nn.Module):
@@ -138,11 +128,9 @@ def _attend_within_dialogues(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, **keywords: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention, one dialogue after another: no work for pairs of tokens that never see each other.
-
-    query (B, heads, T, d), boolean mask (B, 1, T, T) -> (B, T, heads, d). On a CPU the products in bfloat16 are
-    several times faster than torch's fused kernel. Where the mask is not made of causal blocks, that kernel is used.
-    """
+    """Causal attention, one dialogue after another: no work for pairs of tokens that never see each other. query (B,
+    heads, T, d), boolean mask (B, 1, T, T) -> (B, T, heads, d). On a CPU the products in bfloat16 are several times
+    faster than torch's fused kernel. Where the mask is not made of causal blocks, that kernel is used."""
     lengths = _dialogue_lengths(query, key, attention_mask)
     if lengths is None or dropout:
         return sdpa_attention_forward(
