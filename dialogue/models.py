@@ -102,6 +102,8 @@ def load_config(name: str) -> PretrainedConfig:
     """A model's config. Raises UserError where there is none to be had, or one that its weights cannot have."""
     with _loading(name):
         config = AutoConfig.from_pretrained(resolve(name), **where(name))
+        if getattr(config, "num_hidden_layers", 0) > 1000:  # before anything is built: ten million would take hours
+            raise ValueError(f"config.json says {config.num_hidden_layers:,} layers, no model has so many")
         count, stored = without_weights(config).num_parameters(), sum(weights.sizes(Path(resolve(name))))
         if not count or not context_length(config):
             raise ValueError("config.json gives it no parameters, or no context length (max_position_embeddings)")
