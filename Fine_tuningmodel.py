@@ -168,7 +168,7 @@ def fine_tune(run: options.Run, told: progress.Finishing) -> None:
         merge.write(run.base_model, run.adapters, tokenizer, folder)
         certificate, fitted = merge.judge(
             witness, folder, prepared.certificate, dialogues.validation, tokenizer.pad_token_id, fit.dtype, device,
-            fit.in_8bit, run.arguments.seed, told,
+            fit.in_8bit, run.arguments.seed, told, merge.known_sampler(run.merged) if run.teach else None,
         )  # fmt: skip
         merge.finish(folder, run.adapters, certificate, fitted)
     runs.clear(run.checkpoints)

@@ -101,6 +101,8 @@ def load_config(name: str) -> PretrainedConfig:
     """A model's config. Raises UserError where there is none to be had, or one of which no model can be built."""
     with _loading(name):
         config = AutoConfig.from_pretrained(resolve(name), **where(name))
+        if getattr(config, "num_hidden_layers", 0) > 1000:  # before anything is built: ten million would take hours
+            raise ValueError(f"config.json says {config.num_hidden_layers:,} layers, no model has so many")
         if not without_weights(config).num_parameters() or not context_length(config):
             raise ValueError("config.json gives it no parameters, or no context length (max_position_embeddings)")
         return config

@@ -159,7 +159,7 @@ def test_odd_data_is_handled(what, base, here, capsys):
     assert not set(captured.out + captured.err) & set("\x1b\x07\x9b\u202e"), captured
     assert "odd [/red].jsonl" in captured.out
     if "100,000" in what:
-        assert "2 turns did not fit" in " ".join(captured.out.split())
+        assert "they exceed 256 tokens: 2" in " ".join(captured.out.split())
 
 
 # ---- Training: the base model ------------------------------------------------------------------------
@@ -426,6 +426,8 @@ def sealed(change):
 WRONG_FOLDERS = {
     "pickled weights only": (to_pickle, "safetensors"),
     "code beside the model": (with_code, "cannot be loaded"),
+    "ten million layers": (lambda f: change_json(f, "config.json", n_layer=10**7), "10,000,000 layers"),
+    "a vocabulary of a trillion": (lambda f: change_json(f, "config.json", vocab_size=10**12), "out of memory"),
     "a weight that is missing": (lambda f: without(f, "transformer.h.0.ln_1.bias"), "weights are missing"),
     "a weight that is missing, and another too many": (
         lambda f: change_weights(f, lambda n, w: w) or save_file(

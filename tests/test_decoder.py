@@ -141,6 +141,25 @@ def test_an_int8_product_is_a_rounded_weight_times_the_whole_activation():
     assert (quantise(weight, None)(rows).T - weight).abs().max() < weight.abs().max() / 100
 
 
+def test_an_int8_product_has_the_same_bits_for_a_token_alone_and_beside_others():
+    torch.manual_seed(0)
+    product, x = quantise(torch.randn(70, 96), torch.randn(70)), torch.randn(9, 96)
+    together = product(x)
+    assert all(torch.equal(product(row[None])[0], beside) for row, beside in zip(x, together, strict=True))
+
+
+def test_no_sum_of_an_int8_product_overflows():
+    largest = quantise(torch.ones(4, 40_000), None)  # each weight and each activation as large as it can be
+    torch.testing.assert_close(largest(torch.ones(5, 40_000)), torch.full((5, 4), 40_000.0), rtol=1e-3, atol=0)
+
+
+def test_an_int8_product_shows_what_is_no_number():
+    x = torch.ones(4, 32)
+    x[1, 3], x[2, 3] = float("nan"), float("inf")
+    got = quantise(torch.randn(4, 32), None)(x)
+    assert got.isfinite().all(1).tolist() == [True, False, False, True]
+
+
 @pytest.mark.parametrize(
     "config",
     [

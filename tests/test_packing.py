@@ -45,7 +45,7 @@ def test_what_does_not_fit_is_counted(tokenizer):
     encoded = encode(tokenizer, dialogues, 100)
     assert len(encoded.pieces) >= 3
     assert any("cut between turns" in note for note in encoded.notes)
-    assert any(note.startswith("2 turns did not fit") for note in encoded.notes)
+    assert "turns skipped since with their reply they exceed 100 tokens: 2" in encoded.notes
 
 
 @given(st.lists(lengths, min_size=1, max_size=30))

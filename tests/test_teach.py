@@ -4,14 +4,18 @@ import json
 import shutil
 
 import pytest
+import torch
 from conftest import byte_tokenizer, gpt2_tokenizer
 from helpers import memorised
 
 import Fine_tuningmodel as script
 from dialogue import lessons
+from dialogue.data import packing
 from dialogue.errors import UserError
+from dialogue.measure.loss import head_of, summed_nats
+from dialogue.models import load_base
 from dialogue.prompt import add_roles
-from dialogue.train import teach
+from dialogue.train import lora, teach
 
 TALK = [
     ["Hello, how are you?", "I'm fine, thank you."], ["What time is it?", "It's noon."],
@@ -94,9 +98,42 @@ def test_a_lesson_s_earlier_replies_are_read_and_not_learned(tmp_path, monkeypat
     add_roles(tokenizer)
     other = {name: [7] * 9 for name in ("input_ids", "position_ids", "labels")}
     rows = teach.mix(teach.read_lessons(), [other], tokenizer, 64, 0)
-    assert [row == other for row in rows] == [*[False] * teach.TAUGHT, *[True] * teach.REPLAY] * (teach.PASSES // 2)
-    labels = [label for label in next(row for row in rows if row != other)["labels"] if label != -100]
+    assert all(("replay" in row) and (row["labels"] == other["labels"]) == row["replay"][0] for row in rows)
+    assert [row["replay"][0] for row in rows] == [*[0] * teach.TAUGHT, *[1] * teach.REPLAY] * (teach.PASSES // 2)
+    labels = [label for label in rows[0]["labels"] if label != -100]
     assert tokenizer.decode(labels) == "I am Ada.<END>"
+
+
+def test_what_is_not_taught_is_held_where_it_was(random_gpt2):
+    """The loss of a step is the lessons' cross-entropy and the divergence from before on the rest."""
+    tokenizer = gpt2_tokenizer()
+    add_roles(tokenizer)
+    model = lora.attach(
+        load_base(str(random_gpt2), torch.float32, torch.device("cpu"), tokenizer), script.lora_config, tokenizer
+    )
+    before, head = teach.Before(model, head_of(model)), head_of(model)
+    rows = packing.pack(packing.encode(tokenizer, TALK, 32).pieces, tokenizer, 32, "both")[:2]
+    batch = packing.collate([{**row, "replay": [n] * len(row["labels"])} for n, row in enumerate(rows)], 0)
+    model.eval()
+    taught, held = ({name: of[row] for name, of in batch.items() if name != "replay"} for row in ([0], [1]))
+    with torch.no_grad():
+        was = model(**held, use_cache=False).logits[0, :-1].log_softmax(-1)
+        assert before.summed_nats(model, batch, head).item() == pytest.approx(summed_nats(model, taught, head).item())
+        for parameter in before.trained.values():
+            parameter += 0.05 * torch.randn_like(parameter)
+    after = lora.trained_weights(model)
+    now = model(**held, use_cache=False).logits[0, :-1].log_softmax(-1)
+    at = held["labels"][0, 1:] != -100
+    divergence = torch.nn.functional.kl_div(now[at], was[at], reduction="sum", log_target=True)
+    (summed_nats(model, taught, head) + teach.PULL * divergence).backward()
+    expected = {name: parameter.grad.clone() for name, parameter in before.trained.items()}
+    model.zero_grad()
+    loss = before.summed_nats(model, batch, head)
+    loss.backward()
+    assert divergence > 0.01
+    for name, parameter in before.trained.items():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+        assert torch.equal(parameter, after[name]), "asking what was before changed the model"
 
 
 def test_without_adapters_or_lessons_there_is_a_line(tmp_path, home, monkeypatch):

@@ -3,63 +3,39 @@
 The problem. One new token reads every weight of the model once and does a single multiplication with it, so the bytes
 of the weights bound its speed, not the arithmetic: float32 weights are four times as many bytes as int8 ones.
 
-What was tried, on two cores of an AMD EPYC with AVX-512:
-- The int8 kernels that torch brings (FBGEMM) want int8 activations too. Two rows of 7 bits for each activation gave
-  the quality of int8 weights alone; the loop below, which does little but read, is some three times as fast.
-- CTranslate2's int8: this file makes 2.9 times as many tokens a second for GPT-2 124M and 2.0 times for GPT-2-XL.
-- float16 and bfloat16 weights are twice the bytes. A timing at each start chose among all kernels, so that chance could
-  decide which weights a conversation with a seed had; they are gone.
-- Several rows at once are bound by arithmetic. A tile of 2 weight rows and 4 tokens did 43 G multiplications a second
-  on one core, 2 and 8 did 50, 4 and 4 did 55, which is also what torch's float32 product reaches there. Activations of
-  16 bits, for the processor's integer instructions, did 36: numba's compiler spends the gain on moving bytes about.
+What was tried. torch's own int8 kernels (FBGEMM) want activations of 8 bits, and had a third of the speed of loops that
+multiply in float32, at the same quality. Those loops are bound by arithmetic as soon as they read several tokens. With
+activations of 16 bits an instruction does twice as much, but numba's compiler spends that on moving bytes about. In
+LLVM's vectors (`_tile`) one token takes two thirds of the time, and eight take less than half.
 
-The trade. A weight is rounded to 8 bits with a scale for its row and one for its column; activations, sums, norms and
-attention stay in float32. On the starter's replies that costs 0.46 % perplexity (95 %: 0.24 to 0.67). Whoever wants
-the weights exactly as they are stored takes float32 and waits longer.
+The trade. A weight is rounded to 8 bits with a scale for its row and one for its column, an activation to 16 bits with
+a scale for its token; norms and attention stay in float32. A token has the same bits alone and beside others. What it
+costs is measured at the end of each training; float32 has the weights exactly as they are stored, and is slower.
 
-What stands between the products is compiled as well: beside products as fast as these, torch's own operations would
-take a third of a token's time. Several sequences that continue the same text share its keys and values and read each
-weight once for all of them. Their own keys and values stand behind the shared ones, interleaved: token number `step`
-of sequence number `slot` of `count` is at `start + step * count + slot`. One sequence alone is the case `count` = 1.
-
-numba keeps what it compiled in the user's cache; the first chat waits for it, some seconds, behind the first prompt.
+What stands between the products is compiled too: torch's own operations would take a third of a token's time. Several
+sequences that continue the same text share its keys and values and read each weight once for all of them. Their own
+stand behind the shared ones, interleaved: token number `step` of sequence number `slot` of `count` is at
+`start + step * count + slot`. One sequence alone is the case `count` = 1.
 """
 
+import itertools
 import math
-import os
-import warnings
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
 from torch import Tensor
 from torch.nn import functional
 
-from dialogue.wheels import cache_folder
+from dialogue.chat.compiling import cgutils, compiled, numba, threaded
 
-# As many threads as torch has, which counts cores; numba alone would start one for every hyperthread.
-os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))
-os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_folder() / "compiled"))
-import numba
-
-# numba warns that `block` does not run in parallel by itself, where it loads what it had compiled before.
-warnings.filterwarnings("ignore", category=numba.NumbaPerformanceWarning)
-
-# Sums in any order, which vector instructions need. NaN and infinity stay what they are: broken weights are noticed.
-compiled: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz"}, "nogil": True}
-with suppress(OSError):  # a home that cannot be written: it compiles each time
-    os.makedirs(os.environ["NUMBA_CACHE_DIR"], exist_ok=True)
-    compiled["cache"] = os.access(os.environ["NUMBA_CACHE_DIR"], os.W_OK)
-# Threads for `prange` alone; numba would also start them for every sum of two small arrays.
-no = ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion")
-threaded: dict[str, Any] = {**compiled, "parallel": {"prange": True, **dict.fromkeys(no, False)}}
-COLUMNS = 1024  # of four tokens: 16 KB, so that they stay in the innermost cache
+LANES = 32  # columns that are multiplied at once: 512 bits of int16
 
 
 class Matrix(NamedTuple):
-    """A weight (rows, columns) int8, rows a multiple of four, and float32 (rows,), (columns,) and (rows,) that go with
-    it: the product is weight @ (x * column) * scale + bias, of which the first `size` numbers count."""
+    """A weight (rows, columns) int8, rows a multiple of 4 and columns of `LANES`, and float32 (rows,), (columns,) and
+    (rows,) that go with it: the product is weight @ (x * column) * scale + bias, of which the first `size` count."""
 
     weight: np.ndarray
     scale: np.ndarray
@@ -78,22 +54,21 @@ def quantise(weight: Tensor, bias: Tensor | None) -> Matrix:
     """(out, in) and (out,), of any float dtype, as int8.
 
     A row's largest weight sets its steps. So large columns are made smaller, and what they meet larger, by the root of
-    their size: that took 40 % off the KL divergence from the float32 model (SmolLM2-135M). The work is done in blocks
-    of rows that stay in the processor's cache, which is twice as fast.
+    their size: that took 40 % off the KL divergence from the float32 model (SmolLM2-135M).
     """
-    rows, blocks = len(weight), weight.split(256)
+    (rows, columns), blocks = weight.shape, weight.split(256)  # stay in the processor's cache: twice as fast
     squares = torch.stack([block.float().square().sum(0) for block in blocks]).sum(0)
     column = (squares / rows).sqrt_().clamp_(min=1e-12).sqrt_()
-    padded = rows + -rows % 4
-    rounded = torch.empty(padded, weight.shape[1], dtype=torch.int8)
+    padded, width = rows + -rows % 4, columns + -columns % LANES
+    rounded = torch.zeros(padded, width, dtype=torch.int8)
     scale, shift = torch.zeros(2, padded)
-    rounded[rows:] = 0
-    for block, to, step in zip(blocks, rounded[:rows].split(256), scale[:rows].split(256), strict=True):
+    for block, to, step in zip(blocks, rounded[:rows, :columns].split(256), scale[:rows].split(256), strict=True):
         w = block.float() / column
         step.copy_(w.abs().amax(1).div_(127).clamp_(min=1e-12))
         to.copy_(w.div_(step[:, None]).round_())
     if bias is not None:
         shift[:rows] = bias
+    column = functional.pad(column, (0, width - columns))
     return Matrix(rounded.numpy(), scale.numpy(), column.numpy(), shift.numpy(), rows)
 
 
@@ -115,26 +90,107 @@ def block(x, layer, cache, at, rotation, attention, gated, threads):
     x += products(_activate(hidden, gated, threads), down, threads)
 
 
+def _tile(tokens: int) -> Any:
+    """A function (weight, row, x, token, y) that writes y[token : token + tokens, row : row + 4], of y (n, rows)
+    float32: four rows of weight (rows, columns) int8 times `tokens` rows of x (n, columns) int16.
+
+    `LANES` columns at a time: neighbouring products are added in int32, which is one instruction a row and token where
+    the processor has AVX-512 VNNI (vpdpwssd), and two with AVX2. numba has no vectors; LLVM, beneath it, has.
+    """
+
+    @numba.extending.intrinsic
+    def write(_: Any, weight: Any, row: Any, x: Any, token: Any, y: Any) -> Any:
+        signature = numba.types.void(weight, row, x, token, y)
+
+        def build(context: Any, builder: Any, __: Any, given: Any) -> Any:
+            weight, x, y = (context.make_array(signature.args[n])(context, builder, given[n]) for n in (0, 2, 4))
+            (rows, columns), row, token = cgutils.unpack_tuple(builder, weight.shape), given[1], given[3]
+            size, lane = columns.type, ir.IntType(32)
+            sum_, floats = (ir.VectorType(kind, LANES // 2) for kind in (lane, ir.FloatType()))
+
+            def at(array: Any, width: Any, row: Any, n: int, column: Any, lanes: int) -> Any:
+                place = builder.add(builder.mul(width, builder.add(row, size(n))), column)
+                address, kind = builder.gep(array.data, [place]), ir.VectorType(array.data.type.pointee, lanes)
+                return builder.bitcast(address, kind.as_pointer())
+
+            def load(array: Any, row: Any, n: int, column: Any) -> Any:
+                vector = builder.load(at(array, columns, row, n, column, LANES), align=1)
+                return builder.sext(vector, ir.VectorType(lane, LANES))
+
+            def pick(one: Any, two: Any, lanes: range) -> Any:
+                return builder.shuffle_vector(one, two, ir.Constant(ir.VectorType(lane, len(lanes)), list(lanes)))
+
+            def add_pairs(add: Any, one: Any, two: Any) -> Any:
+                count = one.type.count * (1 if one is two else 2)
+                return add(pick(one, two, range(0, count, 2)), pick(one, two, range(1, count, 2)))
+
+            sums = [[cgutils.alloca_once_value(builder, sum_(None)) for _ in range(4)] for _ in range(tokens)]
+            with cgutils.for_range_slice(builder, size(0), columns, size(LANES)) as (column, _):
+                of_tokens = [load(x, token, n, column) for n in range(tokens)]
+                for n in range(4):
+                    of_row = load(weight, row, n, column)
+                    for of_token, places in zip(of_tokens, sums, strict=True):
+                        product = builder.mul(of_row, of_token)
+                        pairs = add_pairs(builder.add, product, product)
+                        builder.store(builder.add(builder.load(places[n]), pairs), places[n])
+            vectors = [builder.sitofp(builder.load(place), floats) for place in itertools.chain(*sums)]
+            while len(vectors) > 1:  # always the same neighbours first: the same bits with one token and with four
+                vectors = [add_pairs(builder.fadd, *two) for two in zip(vectors[::2], vectors[1::2], strict=True)]
+            while vectors[0].type.count > 4 * tokens:
+                vectors = [add_pairs(builder.fadd, vectors[0], vectors[0])]
+            for n in range(tokens):
+                four = pick(vectors[0], vectors[0], range(4 * n, 4 * n + 4))
+                builder.store(four, at(y, rows, token, n, row, 4), align=4)
+            return context.get_dummy_value()
+
+        return signature, build
+
+    return write
+
+
+_tile_of_1, _tile_of_4 = _tile(1), _tile(4)
+
+
 @numba.njit(**compiled)
 def products(x, matrix, threads):
     """(n, columns) -> (n, rows); n is 1 or a multiple of four."""
-    if len(x) == 1:
-        return _product(x[0], matrix, threads).reshape(1, -1)
-    return _tiles(x, matrix, threads)
+    return _tiles(_round(x, matrix.column), matrix, threads)
 
 
 @numba.njit(**threaded)
-def _product(x, matrix, threads):
-    """(columns,) -> (rows,)."""
-    rows, columns = matrix.weight.shape
-    x, y = x * matrix.column, np.empty(rows, np.float32)
+def _tiles(rounded, matrix, threads):
+    """What `_round` returns -> (n, rows). Four rows meet one token or four at a time: their sums stay in registers, and
+    each number that was read serves four."""
+    (x, step), rows, n = rounded, len(matrix.weight), len(rounded[0])
+    y = np.empty((n, rows), np.float32)
     for part in numba.prange(threads):
-        for row in range(rows * part // threads, rows * (part + 1) // threads):
-            weight, total = matrix.weight[row], np.float32(0)
-            for column in range(columns):
-                total += np.float32(weight[column]) * x[column]
-            y[row] = total * matrix.scale[row] + matrix.bias[row]
+        first, last = rows // 4 * part // threads * 4, rows // 4 * (part + 1) // threads * 4
+        for row in range(first, last, 4):
+            for token in range(0, n, 4):
+                if n == 1:
+                    _tile_of_1(matrix.weight, row, x, token, y)
+                else:
+                    _tile_of_4(matrix.weight, row, x, token, y)
+        for token in range(n):
+            for row in range(first, last):
+                y[token, row] = y[token, row] * (matrix.scale[row] * step[token]) + matrix.bias[row]
     return y
+
+
+@numba.njit(**compiled)
+def _round(x, column):
+    """x (n, columns) * column, as int16 (n, len(column)), and the steps (n,) float32 that they count."""
+    limit = np.float32(min(32767, (2**31 - 1) // (127 * (len(column) * 2 // LANES))))  # no sum in int32 can overflow
+    rounded, step = np.zeros((len(x), len(column)), np.int16), np.empty(len(x), np.float32)
+    for row in range(len(x)):
+        largest, broken = np.float32(1e-30), np.float32(0)
+        for i in range(x.shape[1]):
+            value = abs(x[row, i] * column[i])
+            largest, broken = max(largest, value), broken + value * np.float32(0)
+        step[row] = largest / limit + broken  # NaN, where one of them is no number
+        for i in range(x.shape[1]):
+            rounded[row, i] = np.int16(np.rint(x[row, i] * column[i] * (limit / largest)))
+    return rounded, step
 
 
 @numba.njit(**compiled)
@@ -222,56 +278,3 @@ def _activate(x, gated, threads):
                     z, factor = np.float32(1.5957691216) * (value + np.float32(0.044715) * cube), np.float32(1)
                 y[row, i] = value / (np.float32(1) + math.exp(-z)) * factor
     return y
-
-
-@numba.njit(**threaded)
-def _tiles(x, matrix, threads):
-    """(n, columns) -> (n, rows). Four rows and four tokens at a time: their sums stay in registers, and each number
-    that was read serves four."""
-    weight, (rows, columns) = matrix.weight, matrix.weight.shape
-    x, y = x * matrix.column, np.empty((len(x), rows), np.float32)
-    for part in numba.prange(threads):
-        sums = np.empty((4, 4), np.float32)
-        for row in range(rows // 4 * part // threads * 4, rows // 4 * (part + 1) // threads * 4, 4):
-            for token in range(0, len(x), 4):
-                sums[:] = 0
-                for start in range(0, columns, COLUMNS):
-                    stop = min(start + COLUMNS, columns)
-                    _tile(  # of views that are known to be contiguous, which a slice of rows is not
-                        weight[row][start:stop], weight[row + 1][start:stop], weight[row + 2][start:stop],
-                        weight[row + 3][start:stop], x[token][start:stop], x[token + 1][start:stop],
-                        x[token + 2][start:stop], x[token + 3][start:stop], sums,
-                    )  # fmt: skip
-                for r in range(4):
-                    for t in range(4):
-                        y[token + t, row + r] = sums[r, t] * matrix.scale[row + r] + matrix.bias[row + r]
-    return y
-
-
-@numba.njit(**compiled)
-def _tile(w0, w1, w2, w3, x0, x1, x2, x3, sums):
-    """Four rows (columns,) int8, four tokens (columns,) -> their products added to sums (4, 4)."""
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = np.float32(0)
-    for i in range(len(w0)):
-        a, b, c, d = np.float32(w0[i]), np.float32(w1[i]), np.float32(w2[i]), np.float32(w3[i])
-        a0 += a * x0[i]
-        a1 += a * x1[i]
-        a2 += a * x2[i]
-        a3 += a * x3[i]
-        b0 += b * x0[i]
-        b1 += b * x1[i]
-        b2 += b * x2[i]
-        b3 += b * x3[i]
-        c0 += c * x0[i]
-        c1 += c * x1[i]
-        c2 += c * x2[i]
-        c3 += c * x3[i]
-        d0 += d * x0[i]
-        d1 += d * x1[i]
-        d2 += d * x2[i]
-        d3 += d * x3[i]
-    tile = ((a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3))
-    for r, row in enumerate(tile):
-        for t, total in enumerate(row):
-            sums[r, t] += total

@@ -11,12 +11,13 @@ no `attention_mask` and no cache is passed (source: `find_packed_sequence_indice
 transformers/masking_utils.py), so rows carry none.
 """
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dialogue.data.corpus import Unlearned
+from dialogue.data.corpus import Unlearned, counted
 from dialogue.prompt import encode_dialogue, find_roles
 
 IGNORED = -100  # the label that cross-entropy passes over
@@ -48,12 +49,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogues: list[list[str]], max_l
         cut += len(parts) > 1
         skipped += len(turns) - sum(map(len, parts))  # places, of which an empty one opens a dialogue of the bot's
         pieces += parts
-    notes = []
-    if cut:
-        notes.append(f"{cut} dialogues longer than {max_length} tokens were cut between turns")
-    if skipped:
-        notes.append(f"{skipped} turns did not fit into {max_length} tokens with their reply and were skipped")
-    return Encoded(pieces, notes)
+    notes = {f"dialogues longer than {max_length} tokens, cut between turns": cut}
+    notes[f"turns skipped since with their reply they exceed {max_length} tokens"] = skipped
+    return Encoded(pieces, counted(Counter(notes)))
 
 
 def cut_dialogue(turns: list[list[int]], max_length: int) -> list[list[list[int]]]:
@@ -155,13 +153,13 @@ def _length(row: Row) -> int:
 
 
 def collate(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:
-    """Rows -> int64 tensors (B, longest row). Padding is a dialogue of its own (positions restart at 0),
-    so no token attends to it, and carries no label."""
+    """Rows -> int64 tensors (B, longest row), one for each field. Padding is a dialogue of its own (positions restart
+    at 0), so no token attends to it, and carries no label."""
     width = max(map(_length, rows))
-    batch: dict[str, Any] = {"input_ids": [], "position_ids": [], "labels": []}
+    batch: dict[str, Any] = {name: [] for name in rows[0]}
     for row in rows:
         missing = width - _length(row)
-        batch["input_ids"].append(row["input_ids"] + [pad] * missing)
-        batch["position_ids"].append(row["position_ids"] + list(range(missing)))
-        batch["labels"].append(row["labels"] + [IGNORED] * missing)
+        padding = {"input_ids": [pad] * missing, "position_ids": list(range(missing)), "labels": [IGNORED] * missing}
+        for name, values in row.items():
+            batch[name].append(values + padding.get(name, [0] * missing))
     return {name: torch.tensor(values) for name, values in batch.items()}

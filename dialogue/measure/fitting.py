@@ -51,14 +51,16 @@ def cost(bot: Figures, human: Figures) -> float:
 
 def fit(
     model: Any, tokenizer: PreTrainedTokenizerBase, dialogues: Dialogues, seed: int, contexts: int = 48,
-    max_t: int = 50, told: Callable[[str, float], Any] = lambda *_: None,
+    max_t: int = 50, told: Callable[[str, float], Any] = lambda *_: None, known: Sampling | None = None,
 ) -> Fitted:  # fmt: skip
     """Sweep the settings on short contexts of `dialogues`, with the same random numbers for each of them.
 
-    A model that leaves most replies unfinished keeps the defaults: no sampler helps it.
+    A model that leaves most replies unfinished keeps the defaults: no sampler helps it. Of `known` settings, which
+    suited the model before a few lessons, it is only looked whether they still are better than the defaults.
     """
     found = find_contexts(dialogues, contexts, seed, longest=3)  # short ones: most of the time goes into replies
     turns, tries = [context.turns for context in found], itertools.count()
+    sweep = ((vars(known),),) if known else SWEEP
 
     def figures(replies: list[Reply]) -> Figures:
         fits = mutual_information(model, tokenizer, turns, [reply.text for reply in replies])
@@ -66,13 +68,13 @@ def fit(
         return {**of_all, "mutual_information": fits}
 
     def tried(sampling: Sampling) -> Figures:
-        told("sampler", next(tries) / (1 + sum(map(len, SWEEP))))
+        told("sampler", next(tries) / (1 + sum(map(len, sweep))))
         return figures(answer(model, tokenizer, turns, sampling, max_t, seed))
 
     human = figures([Reply(context.human, True) for context in found])
     best, best_figures = CHAT, tried(CHAT)
     defaults = best_figures
-    for changes in SWEEP if defaults["share_that_ends"] > 0.5 else ():
+    for changes in sweep if defaults["share_that_ends"] > 0.5 else ():
         for sampling in [dataclasses.replace(best, **change) for change in changes]:
             new = tried(sampling)
             if cost(new, human) < cost(best_figures, human):

@@ -43,7 +43,7 @@ def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
     From its decoder; a model that is wrapped for several processes has to be called whole, which takes a sixth longer.
     """
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model(**inputs, use_cache=False, output_hidden_states=-1, logits_to_keep=1).hidden_states[-1]
     return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
@@ -64,36 +64,43 @@ def mean_nats(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
     return summed_nats(model, batch, head) / (batch["labels"][:, 1:] != -100).sum()
 
 
+def summed_divergence(hidden: Tensor, head: Head, before: Tensor, rows_before: Tensor) -> Tensor:
+    """KL(before || now) in nats, summed over positions whose hidden states (N, H) are given: a float32 scalar with a
+    gradient. The head's trained rows were `rows_before` (R, H)."""
+    return _ChunkedCrossEntropy.apply(hidden, *head, None, before, rows_before)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, row_ids: Tensor, mean: Tensor, labels: Tensor
-    ) -> Tensor:
-        """(T, H), frozen (V, H), trained rows (R, H), (R,), mean row (H,), (T,) -> summed nats, float32 scalar.
+        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, row_ids: Tensor, mean: Tensor, labels: Tensor | None,
+        before: Any = None, rows_before: Any = None,
+    ) -> Tensor:  # fmt: skip
+        """(N, H), frozen (V, H), trained rows (R, H), (R,), mean row (H,), (N,) -> summed nats, float32 scalar.
 
-        GPT-2's logits lie near -112, where bfloat16 has steps of one half. A softmax does not see a constant, so the
-        mean logit is subtracted before the product is rounded: at that offset the KL divergence from exact logits
-        falls from 0.010 to 0.00001, and the product takes a tenth longer (in float32, seven times as long).
+        With `before` (N, H) and `rows_before` (R, H) in place of labels: the KL divergence from what these would say.
         """
         need_gradient = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.empty_like(hidden)
         rows_gradient = torch.zeros_like(rows, dtype=torch.float32)
         typed_rows = rows.to(weight.dtype)
-        for start in range(0, len(labels), CHUNK):
+        for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
-            x, y = hidden[part].to(weight.dtype), labels[part]
-            shift = -(x.float() @ mean)[:, None].to(x.dtype)
-            logits = torch.addmm(shift, x, weight.T).float()
-            logits[:, row_ids] = torch.addmm(shift, x, typed_rows.T).float()
-            log_probabilities = logits.log_softmax(-1)
-            del logits
-            total += torch.nn.functional.nll_loss(log_probabilities, y, reduction="sum")
+            x = hidden[part].to(weight.dtype)
+            log_probabilities = _log_probabilities(x, weight, typed_rows, row_ids, mean)
+            # d(-log softmax(z)[y]) / dz = softmax(z) - onehot(y); of the KL divergence it is softmax(z) - before
+            if labels is not None:
+                y = labels[part]
+                total += torch.nn.functional.nll_loss(log_probabilities, y, reduction="sum")
+                gradient = log_probabilities.exp_()
+                gradient[torch.arange(len(y), device=y.device), y] -= 1
+            else:
+                was = _log_probabilities(before[part].to(x.dtype), weight, rows_before.to(x.dtype), row_ids, mean)
+                total += torch.nn.functional.kl_div(log_probabilities, was, reduction="sum", log_target=True)
+                gradient = log_probabilities.exp_().sub_(was.exp_())
             if not need_gradient:
                 continue
-            # d(-log softmax(z)[y]) / dz = softmax(z) - onehot(y)
-            gradient = log_probabilities.exp_()
-            gradient[torch.arange(len(y), device=y.device), y] -= 1
             gradient = gradient.to(weight.dtype)
             gradient_at_rows = gradient[:, row_ids]
             rows_gradient += (gradient_at_rows.T @ x).float()
@@ -106,4 +113,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *scale: Tensor) -> tuple[Tensor | None, ...]:
         hidden_gradient, rows_gradient = ctx.saved_tensors
-        return hidden_gradient * scale[0], None, rows_gradient * scale[0], None, None, None
+        return hidden_gradient * scale[0], None, rows_gradient * scale[0], *[None] * 5
+
+
+def _log_probabilities(x: Tensor, weight: Tensor, rows: Tensor, row_ids: Tensor, mean: Tensor) -> Tensor:
+    """(N, H), (V, H), (R, H), (R,), (H,) -> (N, V) float32.
+
+    GPT-2's logits lie near -112, where bfloat16 has steps of one half. A softmax does not see a constant, so the
+    mean logit is subtracted before the product is rounded: at that offset the KL divergence from exact logits
+    falls from 0.010 to 0.00001, and the product takes a tenth longer (in float32, seven times as long).
+    """
+    shift = -(x.float() @ mean)[:, None].to(x.dtype)
+    logits = torch.addmm(shift, x, weight.T).float()
+    logits[:, row_ids] = torch.addmm(shift, x, rows.T).float()
+    return logits.log_softmax(-1)

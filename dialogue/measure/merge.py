@@ -152,6 +152,7 @@ def certify_chat(merged: PreTrainedModel, rows: list[Row], nats: float, tokens: 
 def judge(
     trained: Witness, folder: Path, rows: list[Row], validation: Dialogues, pad: int, dtype: torch.dtype,
     device: torch.device, quantised: bool, seed: int, told: Callable[[str, float], Any] = lambda *_: None,
+    known: Sampling | None = None,
 ) -> tuple[dict[str, Any], Fitted]:  # fmt: skip
     """Load the merged model from `folder`: its certificate, and the sampler's settings fitted on `validation`. On the
     CPU where `device` has too little memory. `told` hears which stage begins, and how far it is. Raises UserError where
@@ -165,14 +166,14 @@ def judge(
         few = found.rows < CHAT_ROWS
         certificate |= certify_chat(model, rows[:CHAT_ROWS], nats[few].double().sum().item(), int(few.sum()))
         machine.release_memory()  # the chat's engine
-        return certificate, fit(model, tokenizer, validation, seed, told=told)
+        return certificate, fit(model, tokenizer, validation, seed, told=told, known=known)
     except Exception as error:
         if device.type == "cpu" or not machine.is_out_of_memory(error):
             raise
     print("the GPU has too little memory for the merged model: it is certified on the CPU", file=sys.stderr)
     machine.release_memory()
     cpu = torch.device("cpu")
-    return judge(trained, folder, rows, validation, pad, machine.pick_dtype(cpu), cpu, quantised, seed, told)
+    return judge(trained, folder, rows, validation, pad, machine.pick_dtype(cpu), cpu, quantised, seed, told, known)
 
 
 def finish(folder: Path, adapters: Path, certificate: dict[str, Any], fitted: Fitted) -> None:
@@ -192,6 +193,11 @@ def write_sampler(folder: Path, sampling: Sampling, max_t: int) -> None:
     penalty = sampling.repetition_penalty  # the only one that transformers lets stand beside greedy choices
     config.update(do_sample=bool(drawn), **drawn, repetition_penalty=penalty, max_new_tokens=max_t)
     config.save_pretrained(folder)
+
+
+def known_sampler(folder: Path) -> Sampling | None:
+    """The settings that were fitted to the merged model in `folder`, where there is one."""
+    return read_sampler(folder) if (folder / storage.RUN_FILE).is_file() else None
 
 
 def read_sampler(folder: Path) -> Sampling:

@@ -2,7 +2,8 @@
 
 A lesson alone is learned in a minute, and all else is forgotten. So each step reads two rows of lessons and three of
 the data that the adapters were trained on (replay; Robins 1995, "Catastrophic forgetting, rehearsal and
-pseudorehearsal"): a quarter of the labels are then the lessons'. What other shares did stands in docs/measured.md.
+pseudorehearsal"). Of the latter nothing is learned: their loss is how far the model has gone from what it said there
+before the lessons (Li and Hoiem 2016, "Learning without Forgetting"). What else was tried stands in docs/measured.md.
 """
 
 import itertools
@@ -11,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from peft import PeftModel
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from dialogue import storage
@@ -20,9 +23,11 @@ from dialogue.chat.sampling import Sampling
 from dialogue.data import packing, sources
 from dialogue.errors import UserError
 from dialogue.lessons import LESSONS
+from dialogue.measure.loss import Head, hidden_states, summed_divergence, summed_nats
 
 PASSES = 120  # times that each lesson is read
 TAUGHT, REPLAY = 2, 3  # rows of lessons, and of the run's own data, in each step
+PULL = 1.0  # towards what the model said before, times the lessons' loss
 
 
 def read_lessons() -> list[list[str]]:
@@ -38,13 +43,53 @@ def mix(
 ) -> list[packing.Row]:
     """`PASSES` times the lessons, as rows of at most `length` tokens: always `TAUGHT` of them, and `REPLAY` that the
     seed draws of `rows`. Read in this order, every step has its share of both. Few lessons fill a row several times:
-    their share does not depend on how many there are."""
+    their share does not depend on how many there are. "replay" is 1 in what is not to be learned, else 0."""
     pieces, _ = packing.encode(tokenizer, list(lessons), length)
     copies = max(1, length // sum(len(turn) for turns in pieces for turn in turns))
-    taught = packing.pack(pieces * copies, tokenizer, length, "bot") * PASSES
-    own = itertools.cycle([rows[place] for place in np.random.default_rng(seed).permutation(len(rows))])
+    taught = _marked(packing.pack(pieces * copies, tokenizer, length, "bot") * PASSES, 0)
+    own = itertools.cycle(_marked([rows[at] for at in np.random.default_rng(seed).permutation(len(rows))], 1))
     steps = (taught[start : start + TAUGHT] for start in range(0, len(taught), TAUGHT))
     return [row for step in steps for row in [*step, *itertools.islice(own, REPLAY)]]
+
+
+def _marked(rows: list[packing.Row], replay: int) -> list[packing.Row]:
+    return [{**row, "replay": [replay] * len(row["labels"])} for row in rows]
+
+
+class Before:
+    """A model as it is now, to be asked when it has learned: `weights` are copies of what is trained."""
+
+    def __init__(self, model: PeftModel, head: Head) -> None:
+        self.model, self.trained = model, {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.rows = next(self.weights[name] for name, p in self.trained.items() if p is head.rows)
+
+    @torch.no_grad()
+    def hidden_states(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, T, H), as they were then."""
+        training, now = self.model.training, {name: p.data for name, p in self.trained.items()}
+        self.model.eval()
+        try:
+            for name, p in self.trained.items():
+                p.data = self.weights[name]
+            return hidden_states(self.model, batch)
+        finally:
+            for name, p in self.trained.items():
+                p.data = now[name]
+            self.model.train(training)
+
+    def summed_nats(self, model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
+        """Nats of the lessons' labels, and `PULL` times the KL divergence from before where others' labels are."""
+        replay = batch["replay"][:, 0] == 1
+        lessons, own = ({name: of[rows] for name, of in batch.items()} for rows in (~replay, replay))
+        total = torch.zeros((), device=replay.device)
+        if len(lessons["labels"]):
+            total = total + summed_nats(model, lessons, head)
+        if len(own["labels"]):
+            at = own["labels"][:, 1:] != packing.IGNORED
+            before, now = (states[:, :-1][at] for states in (self.hidden_states(own), hidden_states(model, own)))
+            total = total + PULL * summed_divergence(now, head, before, self.rows)
+        return total
 
 
 def start_of(adapters: Path, data: str) -> str:

@@ -26,7 +26,7 @@ from dialogue.data.packing import collate, count_tokens, fill_up
 from dialogue.errors import Signals, Stopped, UserError, said_in_a_line
 from dialogue.measure.likelihood import Score
 from dialogue.measure.loss import head_of, summed_nats
-from dialogue.train import lora, runs
+from dialogue.train import lora, runs, teach
 from dialogue.train.options import Run, override
 from dialogue.train.plan import Plan, count_evaluations
 from dialogue.train.progress import Progressed
@@ -48,7 +48,7 @@ class DialogueTrainer(Trainer):
         changes = {
             "output_dir": str(run.checkpoints / runs.SAVING),  # until a checkpoint is whole
             "save_total_limit": None, "save_only_model": False, "load_best_model_at_end": False,
-            "enable_jit_checkpoint": False, "push_to_hub": False,
+            "enable_jit_checkpoint": False, "push_to_hub": False, "remove_unused_columns": False,
         }  # fmt: skip
         arguments, train, held_out = override(plan.arguments, changes), plan.rows.train, plan.rows.held_out
         if arguments.world_size > 1:
@@ -58,6 +58,7 @@ class DialogueTrainer(Trainer):
         self.peft_model, self.tokenizer, self.held_out, self.head = model, tokenizer, held_out, head_of(model)
         self.record, self.patience, self.progress = record, run.early_stopping_patience, progress
         self.openers, self.signals = plan.rows.openers[: len(OPENERS)] or OPENERS, Signals()
+        self.summed_nats = teach.Before(model, self.head).summed_nats if run.teach else summed_nats
         self.loss_is_scaled_for_ga = True  # over the labels of the whole accumulated batch
         # Trainer's fp16 is wanted for its scaled gradients alone: the weights are 16-bit already, and under autocast
         # LayerNorm returns float32, in which bitsandbytes' int8 backward pass would then multiply.
@@ -82,7 +83,7 @@ class DialogueTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:  # fmt: skip
         """Nats a label of the whole batch of this step, of which `inputs` is a part; a float32 scalar."""
-        loss = summed_nats(model, inputs, self.head) / num_items_in_batch
+        loss = self.summed_nats(model, inputs, self.head) / num_items_in_batch
         if self.args.average_tokens_across_devices:  # the gradients of several processes are averaged
             loss = loss * self.accelerator.num_processes
         return (loss, {}) if return_outputs else loss
