@@ -24,8 +24,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
-from dialogue import hub, machine, storage, weights, wheels
+from dialogue import hub, machine, storage, wheels
 from dialogue.errors import UserError, in_a_line, said_in_a_line
 from dialogue.prompt import BOT, END, USER, check_text, find_roles
 
@@ -66,10 +67,8 @@ def resolve(name: str) -> str:
 
 
 def where(name: str) -> dict[str, Any]:
-    """The disk alone, for a folder, or while the hub does not answer; and never code that lies beside a model.
-
-    Without a word on such code, transformers asks at the terminal whether to run it.
-    """
+    """The disk alone, for a folder, or while the hub does not answer; and never code that lies beside a model. Without
+    a word on such code, transformers asks at the terminal whether to run it."""
     local = name == STARTER or os.path.isdir(name) or not hub.reachable()
     return {"local_files_only": local, "trust_remote_code": False}
 
@@ -99,16 +98,13 @@ def starter_folder() -> Path:
 
 
 def load_config(name: str) -> PretrainedConfig:
-    """A model's config. Raises UserError where there is none to be had, or one that its weights cannot have."""
+    """A model's config. Raises UserError where there is none to be had, or one of which no model can be built."""
     with _loading(name):
         config = AutoConfig.from_pretrained(resolve(name), **where(name))
         if getattr(config, "num_hidden_layers", 0) > 1000:  # before anything is built: ten million would take hours
             raise ValueError(f"config.json says {config.num_hidden_layers:,} layers, no model has so many")
-        count, stored = without_weights(config).num_parameters(), sum(weights.sizes(Path(resolve(name))))
-        if not count or not context_length(config):
+        if not without_weights(config).num_parameters() or not context_length(config):
             raise ValueError("config.json gives it no parameters, or no context length (max_position_embeddings)")
-        if 0 < stored < count and not hasattr(config, "quantization_config"):
-            raise ValueError(f"weights are missing: {stored:,} are there, config.json describes {count:,}")
         return config
 
 
@@ -133,10 +129,8 @@ def dialogue_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def load(name: str, dtype: torch.dtype | None, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A dialogue model and its tokenizer, from a merged model's folder or name on the hub, or a folder of adapters.
-
     `dtype` None: as stored; adapters are then merged in float32 on a CPU. Weights come from safetensors only, and no
-    code from the folder runs. Raises UserError for anything that is no whole dialogue model.
-    """
+    code from the folder runs. Raises UserError for anything that is no whole dialogue model."""
     tokenizer = dialogue_tokenizer(name)
     if Path(name, "adapter_config.json").is_file():
         dtype = dtype or (torch.float32 if device.type == "cpu" else machine.pick_dtype(device))
@@ -185,9 +179,8 @@ def load_base(
     """The causal language model `name` on `device`, its embedding grown to hold the role tokens of `tokenizer`.
 
     Weights are `dtype`, or int8 under `quant_config` (then `dtype` is what the rest computes in).
-    The rows of the role tokens begin where the base model is at home already: <END> as its own end of text,
-    <USER> and <BOT> as the words "user" and "assistant". transformers' default draws them at random
-    (source: `mean_resizing` in `PreTrainedModel.resize_token_embeddings`).
+    The rows of the role tokens begin where the base model is at home already: <END> as its own end of text, <USER> and
+    <BOT> as the words "user" and "assistant"; transformers would draw them at random (`resize_token_embeddings`).
     Raises UserError where the model cannot be had.
     """
     _check_whole(name)
@@ -218,9 +211,7 @@ def _load_weights(
             "config": config, "dtype": dtype, "device_map": {"": device}, "quantization_config": quant_config,
             "ignore_mismatched_sizes": True, "output_loading_info": True,
         }  # fmt: skip
-        if isinstance(dtype, torch.dtype) and (
-            state := weights.read(resolve(name), dtype, where(name)["local_files_only"])
-        ):
+        if isinstance(dtype, torch.dtype) and (state := _read(name, dtype)):
             loaded: Any = type(without_weights(config)).from_pretrained(None, state_dict=state, **options)
         else:
             loaded = AutoModelForCausalLM.from_pretrained(resolve(name), use_safetensors=True, **options, **where(name))
@@ -231,6 +222,26 @@ def _load_weights(
         for weight, stored, described in found["mismatched_keys"]:  # refused here, in words of our own
             raise ValueError(f"{weight} has the shape {tuple(stored)}, config.json says {tuple(described)}")
     return model
+
+
+def _read(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Name -> tensor, floating ones as `dtype`, of a model in a folder or in one file on the hub; none for others.
+
+    One tensor after the other, by reading and not by mapping the file: transformers maps it, and what it has read stays
+    in memory beside the weights until all is loaded (GPT-2-XL from float32: 9.5 GB at the peak, and 3.5 afterwards).
+    """
+    folder, found = Path(resolve(name)), {}
+    paths = sorted(folder.glob("model*.safetensors"))
+    if not paths and not folder.is_dir():
+        with suppress(OSError):  # several files, or not to be had: transformers knows more
+            local = where(name)["local_files_only"]
+            paths = [Path(str(cached_file(name, "model.safetensors", local_files_only=local)))]
+    for path in paths:
+        with safe_open(path, "pt", backend="pread") as file:
+            for key in file.offset_keys():
+                tensor = file.get_tensor(key)
+                found[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return found
 
 
 def _check_whole(name: str) -> None:

@@ -427,7 +427,7 @@ WRONG_FOLDERS = {
     "pickled weights only": (to_pickle, "safetensors"),
     "code beside the model": (with_code, "cannot be loaded"),
     "ten million layers": (lambda f: change_json(f, "config.json", n_layer=10**7), "10,000,000 layers"),
-    "a vocabulary of a trillion": (lambda f: change_json(f, "config.json", vocab_size=10**12), "weights are missing"),
+    "a vocabulary of a trillion": (lambda f: change_json(f, "config.json", vocab_size=10**12), "out of memory"),
     "a weight that is missing": (lambda f: without(f, "transformer.h.0.ln_1.bias"), "weights are missing"),
     "a weight that is missing, and another too many": (
         lambda f: change_weights(f, lambda n, w: w) or save_file(

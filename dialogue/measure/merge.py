@@ -38,15 +38,12 @@ CHAT_ROWS = 15  # dialogues that the chat's engine is tried on
 
 
 def write(base_model: str, adapters: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Merge `adapters` into a freshly loaded float16 base, and write a complete model to `folder`.
-
-    Never into the int8 weights that were trained against: they would be rounded a second time, and stay
-    int8. On the CPU, so that a GPU that could just hold the training can still finish it.
-    """
+    """Merge `adapters` into a freshly loaded float16 base, and write a complete model to `folder`. Never into the int8
+    weights that were trained against: they would be rounded a second time, and stay int8. On the CPU, so that a GPU
+    that could just hold the training can still finish it."""
     machine.keep_freed_memory(False)
     machine.release_memory()  # what was trained is gone by now
     model = load_base(base_model, torch.float16, torch.device("cpu"), tokenizer)
-    storage.check_space({folder: merged_bytes(model.num_parameters())})
     merged = PeftModel.from_pretrained(model, str(adapters)).merge_and_unload()
     roles = find_roles(tokenizer)
     merged.config.eos_token_id, merged.config.pad_token_id = roles.end, tokenizer.pad_token_id
@@ -57,11 +54,6 @@ def write(base_model: str, adapters: Path, tokenizer: PreTrainedTokenizerBase, f
     tokenizer.save_pretrained(folder)
     del model, merged
     machine.release_memory()
-
-
-def merged_bytes(parameters: int) -> int:
-    """Disk for a merged model: two bytes a parameter, and its tokenizer."""
-    return int(2.05 * parameters) + 20_000_000
 
 
 class Witness(NamedTuple):
@@ -141,11 +133,9 @@ def certify(trained: Witness, merged: Witness, quantised: bool, device: torch.de
 
 @torch.inference_mode()
 def certify_chat(merged: PreTrainedModel, rows: list[Row], nats: float, tokens: int) -> dict[str, Any]:
-    """Perplexity change caused by the engine that the chat takes on this machine.
-
-    `nats` is what the merged model has on the `tokens` reply tokens of `rows`. Empty where transformers' own code
-    makes the replies. It also compiles what the first chat would wait for.
-    """
+    """Perplexity change caused by the engine that the chat takes on this machine. `nats` is what the merged model has
+    on the `tokens` reply tokens of `rows`. Empty where transformers' own code makes the replies. Compiles what the
+    first chat would wait for."""
     decoder, chat = make(merged, "auto", context_length(merged.config)), 0.0
     if not isinstance(decoder, Decoder):
         return {}
@@ -164,11 +154,9 @@ def judge(
     device: torch.device, quantised: bool, seed: int, told: Callable[[str, float], Any] = lambda *_: None,
     known: Sampling | None = None,
 ) -> tuple[dict[str, Any], Fitted]:  # fmt: skip
-    """Load the merged model from `folder`: its certificate, and the sampler's settings fitted on `validation`.
-
-    On the CPU where `device` has too little memory. `told` hears which stage begins, and how far it is. Raises
-    UserError where it is not the model that was trained.
-    """
+    """Load the merged model from `folder`: its certificate, and the sampler's settings fitted on `validation`. On the
+    CPU where `device` has too little memory. `told` hears which stage begins, and how far it is. Raises UserError where
+    it is not the model that was trained."""
     try:
         told("certificate: the merged model", 0)
         model, tokenizer = load(str(folder), dtype, device)

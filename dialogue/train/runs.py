@@ -15,7 +15,6 @@ import torch
 from dialogue import machine, storage
 from dialogue.data.packing import Row
 from dialogue.errors import UserError
-from dialogue.measure import merge
 from dialogue.plaintext import plain
 from dialogue.train import teach
 from dialogue.train.memory import Fit
@@ -190,5 +189,5 @@ def check_space(model: Any, run: Run) -> None:
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     # A checkpoint: adapters, the best ones, two moments for Adam, tokenizer. One more exists while it is written.
     one, count = 4 * trained + 20_000_000, (run.arguments.save_total_limit or 2) + 1
-    folders = {run.checkpoints: one * count, run.adapters: one, run.merged: merge.merged_bytes(model.num_parameters())}
-    storage.check_space(folders)
+    merged = int(2.05 * model.num_parameters()) + 20_000_000  # two bytes a parameter, and the tokenizer
+    storage.check_space({run.checkpoints: one * count, run.adapters: one, run.merged: merged})
