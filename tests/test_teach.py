@@ -100,8 +100,13 @@ def test_a_lesson_s_earlier_replies_are_read_and_not_learned(tmp_path, monkeypat
     rows = teach.mix(teach.read_lessons(), [other], tokenizer, 64, 0)
     assert all(("replay" in row) and (row["labels"] == other["labels"]) == row["replay"][0] for row in rows)
     assert [row["replay"][0] for row in rows] == [*[0] * teach.TAUGHT, *[1] * teach.REPLAY] * (teach.PASSES // 2)
-    labels = [label for label in rows[0]["labels"] if label != -100]
-    assert tokenizer.decode(labels) == "I am Ada.<END>"
+    taught = [row for row in rows if not row["replay"][0]]
+    learned = [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in taught]
+    assert set(learned) == {"I am Ada.<END>"}
+    asked = [tokenizer.decode(row["input_ids"]) for row in taught]
+    assert set(asked[::2]) == {"<USER>Hi<END><BOT>WRONG<END><USER>Who are you?<END><BOT>I am Ada.<END>"}
+    assert any("<USER>Who you?<END>" in text for text in asked[1::2]), "it was asked in no other words"
+    assert not any("<USER><END>" in text for text in asked)
 
 
 def test_what_is_not_taught_is_held_where_it_was(random_gpt2):

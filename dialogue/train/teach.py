@@ -27,6 +27,7 @@ from dialogue.measure.loss import Head, hidden_states, summed_divergence, summed
 
 PASSES = 120  # times that each lesson is read
 TAUGHT, REPLAY = 2, 3  # rows of lessons, and of the run's own data, in each step
+DROPPED = 0.3  # of the words of a message, in every second pass
 PULL = 1.0  # towards what the model said before, times the lessons' loss
 
 
@@ -44,12 +45,23 @@ def mix(
     """`PASSES` times the lessons, as rows of at most `length` tokens: always `TAUGHT` of them, and `REPLAY` that the
     seed draws of `rows`. Read in this order, every step has its share of both. Few lessons fill a row several times:
     their share does not depend on how many there are. "replay" is 1 in what is not to be learned, else 0."""
+    chance = np.random.default_rng(seed)
+    own = itertools.cycle(_marked([rows[place] for place in chance.permutation(len(rows))], 1))
     pieces, _ = packing.encode(tokenizer, list(lessons), length)
     copies = max(1, length // sum(len(turn) for turns in pieces for turn in turns))
-    taught = _marked(packing.pack(pieces * copies, tokenizer, length, "bot") * PASSES, 0)
-    own = itertools.cycle(_marked([rows[at] for at in np.random.default_rng(seed).permutation(len(rows))], 1))
+    taught: list[packing.Row] = []
+    for number in range(PASSES):
+        asked = [_in_fewer_words(turns, chance) if number % 2 else turns for turns in lessons for _ in range(copies)]
+        taught += _marked(packing.pack(packing.encode(tokenizer, asked, length).pieces, tokenizer, length, "bot"), 0)
     steps = (taught[start : start + TAUGHT] for start in range(0, len(taught), TAUGHT))
     return [row for step in steps for row in [*step, *itertools.islice(own, REPLAY)]]
+
+
+def _in_fewer_words(turns: list[str], chance: np.random.Generator) -> list[str]:
+    """A lesson whose message lacks some words, by chance: so it is understood when it is asked in other words."""
+    *before, message, reply = turns
+    words = message.split()
+    return [*before, " ".join(word for word in words if chance.random() >= DROPPED) or message, reply]
 
 
 def _marked(rows: list[packing.Row], replay: int) -> list[packing.Row]:
