@@ -1,21 +1,20 @@
 """Products with int8 weights on a CPU, and a whole block of a decoder around them, in loops that numba compiles.
 
-The problem. One new token reads every weight of the model once and does a single multiplication with it, so the bytes
-of the weights bound its speed, not the arithmetic: float32 weights are four times as many bytes as int8 ones.
+The problem. One new token reads every weight once for a single multiplication, so the bytes of the weights bound its
+speed, not the arithmetic: float32 weights are four times as many bytes as int8 ones.
 
-What was tried. torch's own int8 kernels (FBGEMM) want activations of 8 bits, and had a third of the speed of loops that
-multiply in float32, at the same quality. Those loops are bound by arithmetic as soon as they read several tokens. With
-activations of 16 bits an instruction does twice as much, but numba's compiler spends that on moving bytes about. In
-LLVM's vectors (`_tile`) one token takes two thirds of the time, and eight take less than half.
+What was tried. torch's int8 kernels (FBGEMM) want activations of 8 bits, and had a third of the speed of loops that
+multiply in float32, at the same quality. Those are bound by arithmetic as soon as they read several tokens. Activations
+of 16 bits do twice as much an instruction; numba's compiler spends that on moving bytes about, so the innermost loop is
+written in LLVM's vectors (`_tile`), and asks for the rows that come next: else a quarter of the time is waiting.
 
 The trade. A weight is rounded to 8 bits with a scale for its row and one for its column, an activation to 16 bits with
 a scale for its token; norms and attention stay in float32. A token has the same bits alone and beside others. What it
 costs is measured at the end of each training; float32 has the weights exactly as they are stored, and is slower.
 
 What stands between the products is compiled too: torch's own operations would take a third of a token's time. Several
-sequences that continue the same text share its keys and values and read each weight once for all of them. Their own
-stand behind the shared ones, interleaved: token number `step` of sequence number `slot` of `count` is at
-`start + step * count + slot`. One sequence alone is the case `count` = 1.
+sequences that continue the same text share its keys and values. Their own stand behind these, interleaved: token number
+`step` of sequence number `slot` of `count` is at `start + step * count + slot`; one sequence alone has a `count` of 1.
 """
 
 import itertools
@@ -45,9 +44,8 @@ class Matrix(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """(n, columns) float32 -> (n, size)."""
-        n = len(x)
-        padded = x if n == 1 else functional.pad(x, (0, 0, 0, -n % 4))
-        return torch.from_numpy(products(padded.numpy(), self, torch.get_num_threads()))[:n, : self.size]
+        padded = x if len(x) == 1 else functional.pad(x, (0, 0, 0, -len(x) % 4))
+        return torch.from_numpy(products(padded.numpy(), self, torch.get_num_threads()))[: len(x), : self.size]
 
 
 def quantise(weight: Tensor, bias: Tensor | None) -> Matrix:
@@ -66,8 +64,7 @@ def quantise(weight: Tensor, bias: Tensor | None) -> Matrix:
         w = block.float() / column
         step.copy_(w.abs().amax(1).div_(127).clamp_(min=1e-12))
         to.copy_(w.div_(step[:, None]).round_())
-    if bias is not None:
-        shift[:rows] = bias
+    shift[:rows] = 0 if bias is None else bias
     column = functional.pad(column, (0, width - columns))
     return Matrix(rounded.numpy(), scale.numpy(), column.numpy(), shift.numpy(), rows)
 
@@ -95,8 +92,7 @@ def _tile(tokens: int) -> Any:
     float32: four rows of weight (rows, columns) int8 times `tokens` rows of x (n, columns) int16.
 
     `LANES` columns at a time: neighbouring products are added in int32, which is one instruction a row and token where
-    the processor has AVX-512 VNNI (vpdpwssd), and two with AVX2. numba has no vectors; LLVM, beneath it, has.
-    """
+    the processor has AVX-512 VNNI (vpdpwssd), and two with AVX2. numba has no vectors; LLVM beneath it has."""
 
     @numba.extending.intrinsic
     def write(_: Any, weight: Any, row: Any, x: Any, token: Any, y: Any) -> Any:
@@ -110,8 +106,8 @@ def _tile(tokens: int) -> Any:
 
             def at(array: Any, width: Any, row: Any, n: int, column: Any, lanes: int) -> Any:
                 place = builder.add(builder.mul(width, builder.add(row, size(n))), column)
-                address, kind = builder.gep(array.data, [place]), ir.VectorType(array.data.type.pointee, lanes)
-                return builder.bitcast(address, kind.as_pointer())
+                address, kind = builder.gep(array.data, [place]), array.data.type.pointee
+                return builder.bitcast(address, ir.VectorType(kind, lanes).as_pointer()) if lanes else address
 
             def load(array: Any, row: Any, n: int, column: Any) -> Any:
                 vector = builder.load(at(array, columns, row, n, column, LANES), align=1)
@@ -124,10 +120,14 @@ def _tile(tokens: int) -> Any:
                 count = one.type.count * (1 if one is two else 2)
                 return add(pick(one, two, range(0, count, 2)), pick(one, two, range(1, count, 2)))
 
+            fetch = ir.FunctionType(ir.VoidType(), [weight.data.type, lane, lane, lane])  # address, read, keep, data
+            fetch = cgutils.get_or_insert_function(builder.module, fetch, "llvm.prefetch.p0")
             sums = [[cgutils.alloca_once_value(builder, sum_(None)) for _ in range(4)] for _ in range(tokens)]
             with cgutils.for_range_slice(builder, size(0), columns, size(LANES)) as (column, _):
                 of_tokens = [load(x, token, n, column) for n in range(tokens)]
                 for n in range(4):
+                    ahead = at(weight, columns, row, n + 4, column, 0)  # the rows that are next
+                    builder.call(fetch, [ahead, lane(0), lane(3), lane(1)])
                     of_row = load(weight, row, n, column)
                     for of_token, places in zip(of_tokens, sums, strict=True):
                         product = builder.mul(of_row, of_token)
