@@ -1,6 +1,6 @@
 """Teach: go on from whole adapters with a few lessons, beside dialogues of the run's own data.
 
-A lesson alone is learned in a minute, and all else is forgotten. So each step reads two rows of lessons and three of
+A lesson alone is learned in a minute, and all else is forgotten. So each step reads two rows of lessons and five of
 the data that the adapters were trained on (replay; Robins 1995, "Catastrophic forgetting, rehearsal and
 pseudorehearsal"). Of the latter nothing is learned: their loss is how far the model has gone from what it said there
 before the lessons (Li and Hoiem 2016, "Learning without Forgetting"). What else was tried stands in docs/measured.md.
@@ -26,9 +26,9 @@ from dialogue.lessons import LESSONS
 from dialogue.measure.loss import Head, hidden_states, summed_divergence, summed_nats
 
 PASSES = 120  # times that each lesson is read
-TAUGHT, REPLAY = 2, 3  # rows of lessons, and of the run's own data, in each step
+TAUGHT, REPLAY = 2, 5  # rows of lessons, and of the run's own data, in each step
 DROPPED = 0.3  # of the words of a message, in every second pass
-PULL = 1.0  # towards what the model said before, times the lessons' loss
+PULL = 3.0  # towards what the model said before, times the lessons' loss
 
 
 def read_lessons() -> list[list[str]]:
