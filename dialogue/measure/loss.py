@@ -54,14 +54,19 @@ def summed_nats(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tenso
 
     Position t predicts label t + 1. `head` is `model`'s, which may be wrapped for several processes.
     """
-    hidden, targets = hidden_states(model, batch)[:, :-1], batch["labels"][:, 1:].reshape(-1)
+    targets = batch["labels"][:, 1:]
     labelled = targets != -100
-    return _ChunkedCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1])[labelled], *head, targets[labelled])
+    return summed_cross_entropy(hidden_states(model, batch)[:, :-1][labelled], head, targets[labelled])
 
 
 def mean_nats(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
     """Nats a label of `batch`: a float32 scalar with a gradient."""
     return summed_nats(model, batch, head) / (batch["labels"][:, 1:] != -100).sum()
+
+
+def summed_cross_entropy(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """Nats of labels (N,) that hidden states (N, H) predict, summed: a float32 scalar with a gradient."""
+    return _ChunkedCrossEntropy.apply(hidden, *head, labels)
 
 
 def summed_divergence(hidden: Tensor, head: Head, before: Tensor, rows_before: Tensor) -> Tensor:

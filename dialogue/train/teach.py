@@ -23,7 +23,7 @@ from dialogue.chat.sampling import Sampling
 from dialogue.data import packing, sources
 from dialogue.errors import UserError
 from dialogue.lessons import LESSONS
-from dialogue.measure.loss import Head, hidden_states, summed_divergence, summed_nats
+from dialogue.measure.loss import Head, hidden_states, summed_cross_entropy, summed_divergence
 
 PASSES = 120  # times that each lesson is read
 TAUGHT, REPLAY = 2, 5  # rows of lessons, and of the run's own data, in each step
@@ -92,15 +92,13 @@ class Before:
 
     def summed_nats(self, model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
         """Nats of the lessons' labels, and `PULL` times the KL divergence from before where others' labels are."""
-        replay = batch["replay"][:, 0] == 1
-        lessons, own = ({name: of[rows] for name, of in batch.items()} for rows in (~replay, replay))
-        total = torch.zeros((), device=replay.device)
-        if len(lessons["labels"]):
-            total = total + summed_nats(model, lessons, head)
-        if len(own["labels"]):
-            at = own["labels"][:, 1:] != packing.IGNORED
-            before, now = (states[:, :-1][at] for states in (self.hidden_states(own), hidden_states(model, own)))
-            total = total + PULL * summed_divergence(now, head, before, self.rows)
+        replay, targets, now = batch["replay"][:, 0] == 1, batch["labels"][:, 1:], hidden_states(model, batch)[:, :-1]
+        at = targets != packing.IGNORED
+        taught, held = at & ~replay[:, None], at[replay]
+        total = summed_cross_entropy(now[taught], head, targets[taught])
+        if replay.any():
+            before = self.hidden_states({name: of[replay] for name, of in batch.items()})[:, :-1]
+            total = total + PULL * summed_divergence(now[replay][held], head, before[held], self.rows)
         return total
 
 
