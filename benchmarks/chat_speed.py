@@ -289,8 +289,12 @@ def main() -> None:
             else:
                 print(f"{title}: not measured (not installed)", file=sys.stderr)
         figures: dict[str, list[tuple[float, float]]] = {title: [] for title in processes}
-        for process in processes.values():
-            make(process, 2)
+        for title, process in list(processes.items()):
+            try:
+                make(process, 2)
+            except json.JSONDecodeError:  # nothing came: llama.cpp has ended in a segmentation fault
+                del processes[title], figures[title]
+                print(f"{title}: not measured (it ended with {process.wait()})", file=sys.stderr)
         for _ in range(flags.rounds):
             for title, process in processes.items():
                 few = max(2, flags.tokens // 8)
