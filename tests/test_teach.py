@@ -107,6 +107,8 @@ def test_a_lesson_s_earlier_replies_are_read_and_not_learned(tmp_path, monkeypat
     assert set(asked[::2]) == {"<USER>Hi<END><BOT>WRONG<END><USER>Who are you?<END><BOT>I am Ada.<END>"}
     assert any("<USER>Who you?<END>" in text for text in asked[1::2]), "it was asked in no other words"
     assert not any("<USER><END>" in text for text in asked)
+    with pytest.raises(UserError, match="no lesson fits into 20 tokens: shorten them"):
+        teach.mix([["Hi", "word " * 30]], [other], tokenizer, 20, 0)
 
 
 def test_what_is_not_taught_is_held_where_it_was(random_gpt2):

@@ -48,6 +48,8 @@ def mix(
     chance = np.random.default_rng(seed)
     own = itertools.cycle(_marked([rows[place] for place in chance.permutation(len(rows))], 1))
     pieces, _ = packing.encode(tokenizer, list(lessons), length)
+    if not pieces:
+        raise UserError(f"no lesson fits into {length} tokens: shorten them in {LESSONS}, or raise --max_length")
     copies = max(1, length // sum(len(turn) for turns in pieces for turn in turns))
     taught: list[packing.Row] = []
     for number in range(PASSES):
