@@ -221,6 +221,7 @@ def test_a_bot_can_be_named_in_any_data_with_names(tmp_path):
         ("https://example.org/how-to-bake", None),
         ("1,000,000 people in 2019-2020, 3.14159", None),
         ("12 eggs, 500 g of flour", None),
+        ("it ended 1:0 10/12 10/12", None),
     ],
 )
 def test_private_lines_are_left_out_and_counted_but_never_shown(tmp_path, line, what):
