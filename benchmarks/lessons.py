@@ -67,9 +67,11 @@ def taught(adapters: Path, replay: int, flags: list[str]) -> list[str]:
         code = f"import lessons; lessons.child({replay}, {flags!r})"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], cwd=made, env=environment, stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, "-c", code], cwd=made, env=environment, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         after = json.loads(Path(made, adapters.name, "metrics.json").read_text())["eval_perplexity"]
+        if after == before:  # not even the adapters were written
+            done.check_returncode()
         device = torch.device("cpu")
         model, tokenizer = models.load(str(Path(made, adapters.name)), machine.pick_dtype(device), device)
         asked = [[question] for question, _, *others in TAUGHT for question in (question, *others)]

@@ -20,7 +20,7 @@ from dialogue.measure.likelihood import HeldOut, hold_out
 from dialogue.models import load_base
 from dialogue.prompt import add_roles
 from dialogue.train import lora, refused, speedups, trainer
-from dialogue.train.options import override
+from dialogue.train.options import override, repeat_command
 from dialogue.train.progress import Progressed
 
 DIALOGUES = [["Hello you", f"I am number {n} of {n * n}."] for n in range(18)]
@@ -278,3 +278,14 @@ def test_a_gpu_is_not_left_alone_in_silence(monkeypatch):
     monkeypatch.setattr("dialogue.machine.pick_device", lambda: torch.device("cuda"))
     with pytest.raises(UserError, match="use_cpu=True of TrainingArguments cannot be obeyed: a GPU is taken"):
         run_of("--use_cpu", "True")
+
+
+@pytest.mark.parametrize("secret", ["hf_abc", "s$x", "a b", "it's"])
+def test_the_command_that_repeats_a_run_holds_no_token(secret):
+    for words in (
+        ["--hub_token", secret],
+        [f"--hub_token={secret}"],
+        ["--hub-token", secret],
+        [f"--hub-token={secret}"],
+    ):
+        assert repeat_command(["--plan", *words, "--yes"]) == "python Fine_tuningmodel.py --plan --yes"

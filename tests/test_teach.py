@@ -10,8 +10,10 @@ from helpers import memorised
 
 import Fine_tuningmodel as script
 from dialogue import lessons
+from dialogue.chat.sampling import Sampling
 from dialogue.data import packing
 from dialogue.errors import UserError
+from dialogue.measure import merge
 from dialogue.measure.loss import head_of, summed_nats
 from dialogue.models import load_base
 from dialogue.prompt import add_roles
@@ -151,3 +153,11 @@ def test_without_adapters_or_lessons_there_is_a_line(tmp_path, home, monkeypatch
     monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(UserError, match="keep lessons in the chat first"):
         script.main(["--teach"])
+
+
+def test_settings_that_were_fitted_before_are_optional(tmp_path):
+    assert merge.known_sampler(tmp_path / "none") is None
+    (tmp_path / "generation_config.json").write_text("{broken")
+    assert merge.known_sampler(tmp_path) is None
+    (tmp_path / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.06}')
+    assert merge.known_sampler(tmp_path) == Sampling(0.0, repetition_penalty=1.06)

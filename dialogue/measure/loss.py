@@ -94,18 +94,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             x = hidden[part].to(weight.dtype)
             log_probabilities = _log_probabilities(x, weight, typed_rows, row_ids, mean)
-            # d(-log softmax(z)[y]) / dz = softmax(z) - onehot(y); of the KL divergence it is softmax(z) - before
             if labels is not None:
-                y = labels[part]
-                total += torch.nn.functional.nll_loss(log_probabilities, y, reduction="sum")
-                gradient = log_probabilities.exp_()
-                gradient[torch.arange(len(y), device=y.device), y] -= 1
+                total += torch.nn.functional.nll_loss(log_probabilities, labels[part], reduction="sum")
             else:
                 was = _log_probabilities(before[part].to(x.dtype), weight, rows_before.to(x.dtype), row_ids, mean)
                 total += torch.nn.functional.kl_div(log_probabilities, was, reduction="sum", log_target=True)
-                gradient = log_probabilities.exp_().sub_(was.exp_())
             if not need_gradient:
                 continue
+            # d(-log softmax(z)[y]) / dz = softmax(z) - onehot(y); of the KL divergence it is softmax(z) - before
+            gradient = log_probabilities.exp_()
+            if labels is not None:
+                gradient[torch.arange(len(x), device=x.device), labels[part]] -= 1
+            else:
+                gradient -= was.exp_()
             gradient = gradient.to(weight.dtype)
             gradient_at_rows = gradient[:, row_ids]
             rows_gradient += (gradient_at_rows.T @ x).float()

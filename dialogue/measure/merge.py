@@ -7,6 +7,7 @@ states (some tens of megabytes) with its head; then it can go, and the merged on
 import math
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,8 +197,10 @@ def write_sampler(folder: Path, sampling: Sampling, max_t: int) -> None:
 
 
 def known_sampler(folder: Path) -> Sampling | None:
-    """The settings that were fitted to the merged model in `folder`, where there is one."""
-    return read_sampler(folder) if (folder / storage.RUN_FILE).is_file() else None
+    """The settings that were fitted to the merged model in `folder`; None where there are none to be had."""
+    with suppress(UserError):
+        return read_sampler(folder)
+    return None
 
 
 def read_sampler(folder: Path) -> Sampling:

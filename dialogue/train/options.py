@@ -8,7 +8,7 @@ import os
 import re
 import shlex
 import sys
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, cast
 
@@ -218,8 +218,10 @@ def override(arguments: TrainingArguments, fields: dict[str, Any]) -> TrainingAr
 
 def repeat_command(argv: list[str] | None) -> str:
     """The exact command that repeats this run, without the token of `--hub_token`: others will read it."""
-    command = shlex.join(["python", "Fine_tuningmodel.py", *(sys.argv[1:] if argv is None else argv)])
-    return re.sub(r" --hub[_-]token[= ]\S+", "", command)
+    words = ["python", "Fine_tuningmodel.py", *(sys.argv[1:] if argv is None else argv)]
+    is_token = re.compile("--hub[_-]token").fullmatch
+    shown = [word for before, word in pairwise(words) if not (is_token(before) or is_token(word.partition("=")[0]))]
+    return shlex.join([words[0], *shown])
 
 
 def _count(text: str, least: int = 1) -> int:
