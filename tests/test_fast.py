@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from dialogue.data.packing import collate, encode, pack
 from dialogue.measure.loss import head_of, mean_nats
@@ -56,6 +59,40 @@ def test_losses_and_gradients_are_those_of_peft(family, talk):
     for name, p in plain.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(quick_gradients[name], p.grad, rtol=1e-4, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("lengths", [[[9, 1, 6], [3, 13]], [[16], [16]], [[1, 1, 1, 13], [8, 8]]])
+def test_attention_within_dialogues_is_that_of_torch_with_a_mask(lengths):
+    """Four heads share two keys; dialogues of very different lengths are in one batch."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 16, 8, requires_grad=True) for heads in (4, 2, 2))
+    number = torch.stack([torch.repeat_interleave(torch.tensor(row)) for row in lengths])
+    mask = ((number[:, :, None] == number[:, None]) & torch.ones(16, 16, dtype=torch.bool).tril())[:, None]
+    found = []
+    for attend in (speedups._attend_within_dialogues, sdpa_attention_forward):
+        module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+        reply, _ = attend(module, query, key, value, mask)
+        found.append([reply, *torch.autograd.grad(reply.square().sum(), (query, key, value))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_that_of_llama_with_about_its_rounding(dtype):
+    torch.manual_seed(0)
+    norm = LlamaRMSNorm(64, eps=1e-3).to(dtype)
+    norm.weight = nn.Parameter(torch.empty(64, dtype=dtype).uniform_(0.5, 2), requires_grad=False)
+    x, up = torch.randn(30, 50, 64, dtype=dtype, requires_grad=True), torch.randn(30, 50, 64, dtype=dtype)
+    found = []
+    for forward in (norm.forward, lambda x: speedups._rms_norm_forward(norm, x)):
+        y = forward(x)
+        found.append([y, *torch.autograd.grad(y, x, up)])
+    exact_x = x.detach().double().requires_grad_()
+    exact = exact_x * torch.rsqrt(exact_x.square().mean(-1, keepdim=True) + 1e-3) * norm.weight.double()
+    exact = [exact, *torch.autograd.grad(exact, exact_x, up.double())]
+    for true, theirs, ours in zip(exact, *found, strict=True):
+        assert (ours - true).norm() < 1.5 * (theirs - true).norm()
+        assert ours.dtype == dtype
 
 
 def test_without_adapters_and_with_a_cache_the_base_model_answers(talk):

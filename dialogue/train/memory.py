@@ -62,8 +62,8 @@ def kept_by_a_block(load: Load) -> float:
     """Numbers (of `Fit.dtype`) that a block keeps for its backward pass, a token.
 
     GPT-2 (h hidden units, inner layer of 4h): inputs of both norms and of c_attn and attn.c_proj 4h, query, key and
-    value 3h, both sides of the GELU 8h. Llama: its norms compute in float32, 4h; q, k, v as attention takes them 3h,
-    two projections' inputs 2h; three of the gated layer's width. Where LoRA drops out, a mask and a masked copy of
+    value 3h, both sides of the GELU 8h. Llama: inputs of both norms 2h; q, k, v as attention takes them 3h, two
+    projections' inputs 2h; three of the gated layer's width. Where LoRA drops out, a mask and a masked copy of
     each of its inputs take the place of the input. The same in 8 bits (`_Int8Product` in dialogue/train/speedups.py).
     """
     config = load.config
@@ -72,7 +72,7 @@ def kept_by_a_block(load: Load) -> float:
     if config.model_type in CONV1D_FAMILIES:
         kept, dropped = 7 * hidden + 2 * inner, 2 * hidden + inner
     else:
-        kept, dropped = 9 * hidden + 3 * inner, 6 * hidden
+        kept, dropped = 7 * hidden + 3 * inner, 6 * hidden
     # Attention's probabilities: kept on a CPU (dialogue/train/speedups.py); fused kernels elsewhere recompute them.
     return kept + load.dropout * dropped + load.on_cpu * config.num_attention_heads * load.span
 

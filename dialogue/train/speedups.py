@@ -4,6 +4,7 @@ Each piece replaces code of transformers or PEFT by an equal formula, found by p
 CPU. In float32 the results are the same but for the order of sums (tests/test_fast.py).
 """
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from types import MethodType
@@ -18,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import GELUTanh, NewGELUActivation
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "a_dialogue_at_a_time"
 
 
 def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
-    """`model`, changed in place: faster forward passes of GPT-2's GELU, of LoRA layers and of trained token rows; on a
-    CPU attention within each dialogue alone; and, unless `keep_dropout`, no dropout in the frozen base.
+    """`model`, changed in place: faster forward passes of GPT-2's GELU, of Llama's norm, of LoRA layers and of trained
+    token rows; on a CPU attention within each dialogue alone; and, unless `keep_dropout`, no dropout in the frozen base.
 
     Dropout regularises weights that are trained; these are frozen, and LoRA has its own dropout.
     """
@@ -46,6 +47,8 @@ def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, GELUTanh())
+            if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
+                _replace_forward(child, _rms_norm_forward)
         if not keep_dropout and isinstance(module, nn.Dropout) and "lora_dropout" not in path:
             module.p = 0.0
         if not keep_dropout and isinstance(getattr(module, "attention_dropout", None), float):
@@ -93,6 +96,33 @@ def _rows_forward(layer: Any, x: Tensor) -> Tensor:
     return frozen.masked_fill(hits.any(-1, keepdim=True), 0) + hits.to(trained.dtype) @ trained
 
 
+def _rms_norm_forward(layer: Any, x: Tensor) -> Tensor:
+    """(B, T, H) -> (B, T, H), as Llama's and its descendants' norms."""
+    if layer.weight.requires_grad:
+        return type(layer).forward(layer, x)
+    return _RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x w / sqrt(mean x^2 + eps) (Zhang and Sennrich 2019) for a frozen w; autograd would keep and pass through float32
+    copies of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """(B, T, H), (H,), eps -> (B, T, H)"""
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        [gradient], (x, weight, scale) = gradients, ctx.saved_tensors
+        gradient = gradient * weight
+        along = (gradient * x).sum(-1, keepdim=True, dtype=torch.float32) * scale**3 / -x.shape[-1]
+        return torch.mul(gradient, scale, out=torch.empty_like(x)).addcmul_(x, along.to(x.dtype)), None, None
+
+
 class _Int8Product(torch.autograd.Function):
     """(B, T, in) -> (B, T, out) by bitsandbytes' own 8-bit layer, which keeps its input for a gradient of the weight
     that nobody asks for, and where activation checkpointing cannot drop it (bitsandbytes#2034)."""
@@ -128,35 +158,77 @@ def _attend_within_dialogues(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, **keywords: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Causal attention, one dialogue after another: no work for pairs of tokens that never see each other. query (B,
-    heads, T, d), boolean mask (B, 1, T, T) -> (B, T, heads, d). On a CPU the products in bfloat16 are several times
-    faster than torch's fused kernel. Where the mask is not made of causal blocks, that kernel is used."""
-    lengths = _dialogue_lengths(query, key, attention_mask)
-    if lengths is None or dropout:
+    """Causal attention within each dialogue: no work for pairs of tokens that never see each other. query (B, heads, T,
+    d), key and value (B, shared heads, T, d), boolean mask (B, 1, T, T) -> (B, T, heads, d). Dialogues of about one
+    length go through one product, the heads that share a key one below the other: nothing is repeated. On a CPU
+    products in bfloat16 are several times faster than torch's fused kernel. Where the mask is not made of causal
+    blocks, that kernel is used."""
+    batch, heads, width, size = query.shape
+    layout = _layout(attention_mask, batch, width) if key.shape[2] == width and not dropout else None
+    if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **keywords
         )
-    groups = query.shape[1] // key.shape[1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    parts = [  # (heads, length, d) of each dialogue
-        [part.transpose(0, 1) for part in states.transpose(1, 2).flatten(0, 1).split(lengths)]
-        for states in (query, repeat_kv(key, groups), repeat_kv(value, groups))
-    ]
-    future = torch.full((max(lengths), max(lengths)), float("-inf"), dtype=query.dtype).triu(1)
+    scale, shared = size**-0.5 if scaling is None else scaling, key.shape[1]
+    places, tokens, groups = layout
+    parts = zip(
+        *(
+            _Moved.apply(states.transpose(1, 2).flatten(0, 1), places, len(tokens)).split([n * t for n, t in groups])
+            for states in (query, key, value)
+        ),
+        strict=True,
+    )
     replies = []
-    for length, q, k, v in zip(lengths, *parts, strict=True):
-        scores = torch.baddbmm(future[:length, :length], q, k.transpose(1, 2), alpha=scale)
-        replies.append((scores.softmax(-1) @ v).transpose(0, 1))
-    batch, heads, width, size = query.shape
-    return torch.cat(replies).view(batch, width, heads, size), None
+    for (number, length), part in zip(groups, parts, strict=True):
+        q, k, v = (  # (dialogues x shared heads, heads that share x length, d)
+            states.view(number, length, shared, -1, size).permute(0, 2, 3, 1, 4).reshape(number * shared, -1, size)
+            for states in part
+        )
+        future = torch.full((length, length), float("-inf"), dtype=q.dtype).triu(1).repeat(heads // shared, 1)
+        seen = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale).softmax(-1) @ v
+        replies.append(seen.view(number, heads, length, size).transpose(1, 2).flatten(0, 1))
+    kept = _Moved.apply(torch.cat(replies), tokens, batch * width + 1)
+    return kept[:-1].view(batch, width, heads, size), None
 
 
-def _dialogue_lengths(query: Tensor, key: Tensor, mask: Tensor | None) -> list[int] | None:
+class _Moved(torch.autograd.Function):
+    """Rows (N, heads, d) put into their `places` (N,) among `size` new ones, else zeros. Autograd's own keep the rows
+    (index_copy), or sum gradients one after the other (index_select)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, places: Tensor, size: int) -> Tensor:
+        ctx.places = places
+        return rows.new_zeros(size, *rows.shape[1:]).index_copy_(0, places, rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0].index_select(0, ctx.places), None, None
+
+
+@functools.lru_cache(maxsize=1)  # all layers ask for the same mask
+def _layout(mask: Tensor | None, batch: int, width: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]] | None:
+    """(place of each token, token of each place, how many dialogues of which length): the tokens (B x T) when dialogues
+    of about one length lie side by side, each filled up to the longest of its group. A place that is filled up has the
+    token B x T, which is none; it comes after its dialogue, so no token of that sees it. None for other masks."""
+    lengths = _dialogue_lengths(mask, batch, width)
+    if lengths is None:
+        return None
+    groups: list[tuple[int, int]] = []
+    begins, end = [0] * len(lengths), 0
+    for dialogue in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        number, longest = (
+            groups.pop() if groups and lengths[dialogue] >= 0.7 * groups[-1][1] else (0, lengths[dialogue])
+        )
+        groups.append((number + 1, longest))
+        begins[dialogue], end = end, end + longest
+    places = torch.cat([torch.arange(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)])
+    tokens = torch.full((end,), batch * width).index_copy(0, places, torch.arange(batch * width))
+    return places, tokens, groups
+
+
+def _dialogue_lengths(mask: Tensor | None, batch: int, width: int) -> list[int] | None:
     """Lengths of the dialogues of all rows, one after another: one begins where a token does not see the one before.
     None where the mask is made of anything but causal blocks."""
-    batch, _, width, _ = query.shape
-    if key.shape[2] != width:
-        return None  # a cache
     if mask is None:
         return [width] * batch
     if mask.dtype != torch.bool or mask.shape[-2:] != (width, width) or width == 1:
