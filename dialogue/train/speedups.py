@@ -26,8 +26,8 @@ ATTENTION = "a_dialogue_at_a_time"
 
 
 def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
-    """`model`, changed in place: faster forward passes of GPT-2's GELU, of Llama's norm, of LoRA layers and of trained
-    token rows; on a CPU attention within each dialogue alone; and, unless `keep_dropout`, no dropout in the frozen base.
+    """`model`, changed in place: faster forward passes of GPT-2's GELU, Llama's norm, LoRA layers and trained token
+    rows; on a CPU attention within each dialogue alone; and, unless `keep_dropout`, no dropout in the frozen base.
 
     Dropout regularises weights that are trained; these are frozen, and LoRA has its own dropout.
     """
