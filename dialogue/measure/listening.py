@@ -9,14 +9,13 @@ Plain log p(reply | context) prefers what fits everywhere, so log p(reply | no c
 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 4.1).
 """
 
-import copy
 from collections.abc import Callable, Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dialogue.chat.batch import CHAT, Reply, answer
 from dialogue.chat.rerank import LAMBDA, NOTHING
@@ -24,6 +23,7 @@ from dialogue.chat.sampling import Sampling
 from dialogue.data.corpus import Dialogues
 from dialogue.data.packing import IGNORED, Row
 from dialogue.measure.likelihood import Estimate, bootstrap, nats_of_each
+from dialogue.measure.loss import hidden_states
 from dialogue.measure.replies import Context, measure
 from dialogue.models import context_length
 from dialogue.prompt import encode_dialogue, encode_text, find_roles
@@ -69,45 +69,41 @@ def judge_format(base: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBa
 
 @torch.no_grad()
 def score_replies(
-    model: Any, style: Format, contexts: Dialogues, replies: list[str], wanted: list[list[int]], at_once: int = 8
+    model: Any, style: Format, contexts: Dialogues, replies: list[str], wanted: list[list[int]], at_once: int = 32
 ) -> list[np.ndarray]:
-    """For each context, log p(reply | context) in nats of the replies whose indices are `wanted` for it, float64.
-
-    A context is read once; its replies follow from its cache, those of like length in one batch.
-    """
+    """For each context, log p(reply | context) in nats of the replies whose indices are `wanted` for it, float64."""
     was_training, room = model.training, context_length(model.config)
     model.eval()
     said = [style.reply(text)[: room // 2] for text in replies]
     found = []
     for turns, indices in zip(contexts, wanted, strict=True):
         prompt = style.prompt(turns)[-(room // 2) :]
-        cache = DynamicCache(config=model.config)
-        model(torch.tensor([prompt[:-1]]).to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        scores = np.zeros(len(indices))
-        order = sorted(range(len(indices)), key=lambda place: len(said[indices[place]]))
-        for start in range(0, len(order), at_once):
-            places = order[start : start + at_once]
-            scores[places] = _continue(model, cache, prompt, [said[indices[place]] for place in places])
-        found.append(scores)
+        parts = [indices[start : start + at_once] for start in range(0, len(indices), at_once)]
+        scores = [_score_side_by_side(model, prompt, [said[index] for index in part]) for part in parts]
+        found.append(np.concatenate(scores) if scores else np.zeros(0))
     model.train(was_training)
     return found
 
 
-def _continue(model: Any, cache: DynamicCache, prompt: list[int], said: list[list[int]]) -> list[float]:
-    """Log-probabilities of `said` after `prompt`, of which `cache` holds all but the last token."""
-    count, width, read = len(said), max(map(len, said)), len(prompt) - 1
-    targets = torch.tensor([[*ids, *[-100] * (width - len(ids))] for ids in said]).to(model.device)
-    inputs = targets.roll(1, dims=1).clamp(min=0)  # what stands behind a reply's end changes nothing before it
-    inputs[:, 0] = prompt[-1]
-    positions = torch.arange(read, read + width, device=model.device).expand(count, -1)
-    mask = torch.ones(count, read + width, dtype=torch.long, device=model.device)
-    copied = copy.deepcopy(cache)
-    copied.batch_repeat_interleave(count)
-    logits = model(inputs, attention_mask=mask, position_ids=positions, past_key_values=copied, use_cache=True).logits
-    real = targets >= 0
-    nats = torch.zeros(real.shape, device=model.device)
-    nats[real] = torch.nn.functional.cross_entropy(logits[real].float(), targets[real], reduction="none")
-    return (-nats.double().sum(1)).tolist()
+def _score_side_by_side(model: Any, prompt: list[int], said: list[list[int]]) -> np.ndarray:
+    """(N,) nats: log-probabilities of N continuations of `prompt`, which is read once. They follow it in one row, each
+    at the positions behind the prompt; each sees the prompt and itself."""
+    device, start = model.device, len(prompt)
+    ids = torch.tensor([*prompt, *(token for each in said for token in each)], device=device)
+    lengths = torch.tensor([len(each) for each in said], device=device)
+    owner = torch.cat(
+        [lengths.new_full((start,), -1), torch.arange(len(said), device=device).repeat_interleave(lengths)]
+    )
+    place = torch.arange(len(ids), device=device)
+    first = start + lengths.cumsum(0) - lengths  # where each continuation begins
+    positions = torch.where(owner < 0, place, start + place - first[owner])
+    sees = ((owner == owner[:, None]) | (owner < 0)) & (place <= place[:, None])
+    mask = torch.zeros(sees.shape, dtype=model.dtype, device=device).masked_fill(~sees, torch.finfo(model.dtype).min)
+    hidden = hidden_states(model, {"input_ids": ids[None], "position_ids": positions[None]}, mask[None, None])[0]
+    before = torch.where(place == first[owner], start - 1, place - 1)[start:]  # what predicts each token
+    logits = model.get_output_embeddings()(hidden[before]).float()
+    nats = torch.nn.functional.cross_entropy(logits, ids[start:], reduction="none").double()
+    return -torch.zeros(len(said), dtype=torch.float64, device=device).index_add_(0, owner[start:], nats).cpu().numpy()
 
 
 def deal(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -38,15 +38,16 @@ def head_of(model: Any) -> Head:
     return Head(weight, trained, ids, weight.detach().mean(0, dtype=torch.float32))
 
 
-def hidden_states(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The last hidden states (B, T, H) of a causal language model, without the logits of all positions.
+def hidden_states(model: Any, batch: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+    """The last hidden states (B, T, H) of a causal language model, without the logits of all positions. `mask` (B, 1,
+    T, T), added to attention's scores, takes the place of a causal one within dialogues.
 
     From its decoder; a model that is wrapped for several processes has to be called whole, which takes a sixth longer.
     """
     inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model(**inputs, use_cache=False, output_hidden_states=-1, logits_to_keep=1).hidden_states[-1]
-    return model.get_decoder()(**inputs, use_cache=False).last_hidden_state
+    return model.get_decoder()(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 def summed_nats(model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
