@@ -26,7 +26,9 @@ from dialogue.lessons import LESSONS
 from dialogue.measure.loss import Head, hidden_states, summed_cross_entropy, summed_divergence
 
 PASSES = 120  # times that each lesson is read
-TAUGHT, REPLAY = 2, 5  # rows of lessons, and of the run's own data, in each step
+TAUGHT, REPLAY = 2, 4  # rows of lessons, and of the run's own data, in each step
+KEPT = 120  # rows of the run's own data that these are
+AT_ONCE = 8  # rows, when it is found out what is said before
 DROPPED = 0.3  # of the words of a message, in every second pass
 PULL = 3.0  # towards what the model said before, times the lessons' loss
 
@@ -46,7 +48,7 @@ def mix(
     seed draws of `rows`. Read in this order, every step has its share of both. Few lessons fill a row several times:
     their share does not depend on how many there are. "replay" is 1 in what is not to be learned, else 0."""
     chance = np.random.default_rng(seed)
-    own = itertools.cycle(_marked([rows[place] for place in chance.permutation(len(rows))], 1))
+    own = itertools.cycle(_marked([rows[place] for place in chance.permutation(len(rows))[:KEPT]], 1))
     pieces, _ = packing.encode(tokenizer, list(lessons), length)
     if not pieces:
         raise UserError(f"no lesson fits into {length} tokens: shorten them in {LESSONS}, or raise --max_length")
@@ -71,36 +73,35 @@ def _marked(rows: list[packing.Row], replay: int) -> list[packing.Row]:
 
 
 class Before:
-    """A model as it is now, to be asked when it has learned: `weights` are copies of what is trained."""
-
-    def __init__(self, model: PeftModel, head: Head) -> None:
-        self.model, self.trained = model, {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.weights = {name: p.detach().clone() for name, p in self.trained.items()}
-        self.rows = next(self.weights[name] for name, p in self.trained.items() if p is head.rows)
+    """What a model, as it is now, makes of the rows that are replayed: to be held to when it has learned."""
 
     @torch.no_grad()
-    def hidden_states(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B, T, H), as they were then."""
-        training, now = self.model.training, {name: p.data for name, p in self.trained.items()}
-        self.model.eval()
-        try:
-            for name, p in self.trained.items():
-                p.data = self.weights[name]
-            return hidden_states(self.model, batch)
-        finally:
-            for name, p in self.trained.items():
-                p.data = now[name]
-            self.model.train(training)
+    def __init__(self, model: PeftModel, head: Head, rows: list[packing.Row], pad: int) -> None:
+        self.rows = head.rows.detach().clone()
+        self.states: dict[tuple[int, ...], Tensor] = {}  # ids of a row -> its hidden states (T, H), on the CPU
+        own = list({tuple(row["input_ids"]): row for row in rows if row["replay"][0]}.items())
+        training = model.training
+        model.eval()
+        for start in range(0, len(own), AT_ONCE):
+            keys, part = zip(*own[start : start + AT_ONCE], strict=True)
+            batch = {name: of.to(model.device) for name, of in packing.collate(list(part), pad).items()}
+            for key, states in zip(keys, hidden_states(model, batch), strict=True):
+                self.states[key] = states[: len(key)].cpu()
+        model.train(training)
 
     def summed_nats(self, model: nn.Module, batch: dict[str, Tensor], head: Head) -> Tensor:
         """Nats of the lessons' labels, and `PULL` times the KL divergence from before where others' labels are."""
-        replay, targets, now = batch["replay"][:, 0] == 1, batch["labels"][:, 1:], hidden_states(model, batch)[:, :-1]
-        at = targets != packing.IGNORED
-        taught, held = at & ~replay[:, None], at[replay]
+        own, targets, now = batch["replay"] == 1, batch["labels"][:, 1:], hidden_states(model, batch)[:, :-1]
+        at, replayed = targets != packing.IGNORED, own[:, 0]
+        taught = at & ~replayed[:, None]
         total = summed_cross_entropy(now[taught], head, targets[taught])
-        if replay.any():
-            before = self.hidden_states({name: of[replay] for name, of in batch.items()})[:, :-1]
-            total = total + PULL * summed_divergence(now[replay][held], head, before[held], self.rows)
+        if replayed.any():
+            keys = [tuple(ids[own_ids].tolist()) for ids, own_ids in zip(batch["input_ids"], own, strict=True)]
+            before = [
+                self.states[key][:-1][row[: len(key) - 1].cpu()] for key, row in zip(keys, at, strict=True) if key
+            ]
+            held = torch.cat(before).to(now.device)
+            total = total + PULL * summed_divergence(now[replayed][at[replayed]], head, held, self.rows)
         return total
 
 

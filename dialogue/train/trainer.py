@@ -58,7 +58,8 @@ class DialogueTrainer(Trainer):
         self.peft_model, self.tokenizer, self.held_out, self.head = model, tokenizer, held_out, head_of(model)
         self.record, self.patience, self.progress = record, run.early_stopping_patience, progress
         self.openers, self.signals = plan.rows.openers[: len(OPENERS)] or OPENERS, Signals()
-        self.summed_nats = teach.Before(model, self.head).summed_nats if run.teach else summed_nats
+        before = teach.Before(model, self.head, plan.rows.train, held_out.pad) if run.teach else None
+        self.summed_nats = before.summed_nats if before else summed_nats
         self.loss_is_scaled_for_ga = True  # over the labels of the whole accumulated batch
         # Trainer's fp16 is wanted for its scaled gradients alone: the weights are 16-bit already, and under autocast
         # LayerNorm returns float32, in which bitsandbytes' int8 backward pass would then multiply.
