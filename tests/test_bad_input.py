@@ -569,16 +569,14 @@ WRONG_WORDS = [
     (["--max_t", "-3"], "max_t must be"),
     (["--seed", "tomorrow"], "invalid int"),
     (["--precision", "int3"], "invalid choice"),
-    (["--stats", "maybe"], "invalid choice"),
     (["--tempo", "1"], "unrecognized arguments"),
     (["\x1b[31mHi"], "unrecognized arguments"),
     (["--model", ""], "no model in|cannot be loaded|--model"),
-    (["--model", "talk.jsonl"], "talk.jsonl is a file"),
+    (["--model", "talk.jsonl"], "no model in talk.jsonl"),
     (["--model", "./loop"], "no model in"),
     (["--model", "a" * 300], "no model in|cannot be loaded"),
     (["--model", "\x1b[31m./red"], "red"),
     (["--prompt", "a" * 100_000], "has at least 3328 tokens, 251 fit: make it shorter"),  # 256 of 13 letters
-    (["--sampler", "fitted", "--model", "talk.jsonl"], "talk.jsonl is a file"),
 ]  # fmt: skip
 
 

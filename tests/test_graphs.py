@@ -88,7 +88,7 @@ def test_broken_weights_are_said_to_be_broken(bad):
     engine = GraphDecoder(random_model(CONFIGS["gpt2"]), CONTEXT)
     logits = engine.step([1, 2, 3])
     logits[7] = bad
-    with pytest.raises(ValueError, match="weights are broken"):
+    with pytest.raises(UserError, match="weights are broken"):
         list(engine.stream(logits, 5, EVERYTHING, [1, 2, 3], [], torch.Generator()))
     assert pick(torch.full((9,), -torch.inf), GREEDY, *torch.zeros(2, 9, dtype=torch.bool), torch.zeros(1)) == BROKEN
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.families import FAMILIES, Norm, Product, Weights
 from dialogue.chat.sampling import Sampling, candidates
+from dialogue.errors import UserError
 
 AHEAD = 4  # steps that are asked for before the first of them has to be there; END makes them useless, at little cost
 TIES = 64  # tokens beside the `top_k` first that may equal the last of these
@@ -53,7 +54,7 @@ class GraphDecoder(Decoder):
     ) -> Generator[int, None, None]:  # fmt: skip
         """Up to `most` tokens, the first of them drawn from `logits` (V,); the caller stops where it likes.
 
-        Raises ValueError for logits that are not finite numbers.
+        Raises UserError for logits that are not finite numbers.
         """
         for mask, ids in ((self.seen, seen), (self.forbidden, forbidden)):
             mask.zero_()
@@ -86,7 +87,7 @@ class GraphDecoder(Decoder):
         self.length = start + index
         token = int(arrived[index])
         if token == BROKEN:
-            raise ValueError("the model's logits are not finite numbers: its weights are broken")
+            raise UserError("the model's logits are not finite numbers: its weights are broken")
         return token
 
     def _record(self, sampling: Sampling, width: int) -> Any:

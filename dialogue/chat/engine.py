@@ -1,9 +1,7 @@
 """A dialogue model that can be asked for its next token: loading, and the key-value cache."""
 
 import sys
-import threading
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from typing import Protocol
 
 import torch
@@ -79,8 +77,7 @@ class Model:
         self.roles = find_roles(tokenizer)
         self.forbidden: list[int] = []  # ids that are never to be drawn; known with the first logits
         self.tokens_read = 0  # that ever went through the engine
-        self._read: list[int] = []  # the cache holds the first `engine.length` of these
-        self._busy, self._user = threading.Lock(), 0  # the thread that has the engine now
+        self.held: list[int] = []  # the cache holds the first `engine.length` of these
 
     @property
     def quick_candidates(self) -> int:
@@ -90,28 +87,15 @@ class Model:
             return 1
         return 8 if self.engine.parameters < 1_000_000_000 else 4
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, other threads wait for the engine; this very thread would wait for itself: RuntimeError."""
-        if self._user == threading.get_ident():
-            raise RuntimeError("a reply of this model is not finished: read it to its end, or close it, first")
-        with self._busy:
-            self._user = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._user = 0
-
     def logits(self, ids: list[int]) -> Tensor:
         """Logits (V,) after `ids`; what the cache holds of them already is not read again."""
-        if len(ids) > self.limit:
-            raise AssertionError(f"{len(ids)} tokens for a context of {self.limit}")
+        assert len(ids) <= self.limit, f"{len(ids)} tokens for a context of {self.limit}"
         common = min(self.engine.length, len(ids) - 1)
-        while ids[:common] != self._read[:common]:
+        while ids[:common] != self.held[:common]:
             common -= 1
         self.engine.truncate(common)
         new = ids[self.engine.length :]
-        self._read = list(ids)
+        self.held = list(ids)
         logits = self.engine.step(new)
         self.tokens_read += len(new)
         if not self.forbidden:
@@ -121,16 +105,12 @@ class Model:
             self.forbidden = sorted(unknown | control)
         return logits
 
-    def holds(self, ids: list[int]) -> None:
-        """The engine's cache has come to hold `engine.length` of `ids` without being asked for logits."""
-        self._read = list(ids)
-
     def tokens(
         self, prompt: list[int], most: int, sampling: Sampling, generator: torch.Generator
     ) -> Generator[int, None, None]:
         """Draw up to `most` tokens after `prompt`, without an end at <END>: the caller stops there.
 
-        Raises ValueError for logits that are not finite numbers.
+        Raises UserError for logits that are not finite numbers.
         """
         said: list[int] = []
         spoken = without_roles(prompt, self.roles)
@@ -139,7 +119,7 @@ class Model:
             for token in self.engine.stream(logits, most, sampling, spoken, self.forbidden, generator):
                 self.tokens_read += len(said) > 0
                 said.append(token)
-                self._read.append(token)
+                self.held.append(token)
                 yield token
             return
         while len(said) < most:

@@ -2,8 +2,8 @@
 conversation."""
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from prompt_toolkit.history import FileHistory
@@ -17,26 +17,16 @@ KEPT = "conversation.json"  # the last conversation, beside the history
 
 
 class History(FileHistory):
-    """Earlier messages, in a file that its owner alone can read; in memory where that fails."""
-
-    problem: str | None = None  # why they are not in the file; "" when it was said
+    """Earlier messages, in a file; where it cannot be read or written, those of this chat, in memory."""
 
     def load_history_strings(self) -> Iterable[str]:
-        with self._or_memory():
+        with suppress(OSError):
             return list(super().load_history_strings())
         return []
 
     def store_string(self, string: str) -> None:
-        if self.problem is None:
-            with self._or_memory():
-                super().store_string(string)
-
-    @contextmanager
-    def _or_memory(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            self.problem = f"{self.filename!s}: {error.strerror}"
+        with suppress(OSError):
+            super().store_string(string)
 
 
 def state_folder() -> Path:
@@ -55,12 +45,10 @@ def last_conversation() -> Messages:
 
 
 def open_history() -> History:
-    """The messages of earlier conversations, from a file in the user's state folder."""
-    history = History("history")
-    with history._or_memory():
-        folder = state_folder()
-        history.filename = folder / "history"
+    """The messages of earlier conversations, from a file in the user's state folder that its owner alone can read."""
+    folder = state_folder()
+    with suppress(OSError):  # the conversation cannot be kept there either, and that is said
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(history.filename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        os.chmod(history.filename, 0o600)
-    return history
+        os.close(os.open(folder / "history", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        os.chmod(folder / "history", 0o600)
+    return History(folder / "history")

@@ -7,11 +7,7 @@ from dialogue.errors import UserError
 SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
 
 Messages = list[dict[str, str]]
-
-
-def role_of(turn: int) -> str:
-    """Of a turn by its number."""
-    return "assistant" if turn % 2 else "user"
+ROLES = ("user", "assistant")  # of turns, by their number
 
 
 def check_messages(messages: Any) -> tuple[str, Messages]:
@@ -26,7 +22,7 @@ def check_messages(messages: Any) -> tuple[str, Messages]:
     if not isinstance(messages, list) or len(messages) % 2:
         raise UserError(f"not a conversation: needed is {SHAPE}")
     for index, message in enumerate(messages):
-        named = isinstance(message, dict) and message.get("role") == role_of(index)
+        named = isinstance(message, dict) and message.get("role") == ROLES[index % 2]
         if not named or not isinstance(message.get("content"), str):
             raise UserError(f"not a conversation (message {index + 1}): needed is {SHAPE}")
     return persona, messages

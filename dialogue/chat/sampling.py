@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dialogue.errors import UserError
+
 RANGES = {
     "temp": (0, 100),
     "top_k": (0, 10**9),
@@ -25,7 +27,7 @@ RANGES = {
 class Sampling:
     """How a token is drawn; as it stands here, from the model's own distribution.
 
-    Raises ValueError, one line, for a value out of range.
+    Raises UserError for a value out of range.
     """
 
     temp: float = 1.0  # divides the logits; 0: always the most probable token
@@ -38,11 +40,11 @@ class Sampling:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{name} must be a number between {low} and {high}, not {value}")
+                raise UserError(f"{name} must be a number between {low} and {high}, not {value}")
         if self.top_k != int(self.top_k):
-            raise ValueError(f"top_k must be a whole number, not {self.top_k}")
+            raise UserError(f"top_k must be a whole number, not {self.top_k}")
         if 0 < self.temp < 0.001:  # logits / temp would leave the range of float32
-            raise ValueError(f"temp must be 0, or at least 0.001, not {self.temp}")
+            raise UserError(f"temp must be 0, or at least 0.001, not {self.temp}")
 
 
 class Candidates(NamedTuple):
@@ -75,14 +77,14 @@ def candidates(
     share of the probability, at least one token; of equal ones, those with the higher ids stay (Holtzman et
     al. 2020, "The Curious Case of Neural Text Degeneration"). Min-p is relative to the best token (Nguyen
     et al. 2024, "Turning Up the Heat").
-    Raises ValueError for logits that are not numbers.
+    Raises UserError for logits that are not numbers.
     """
     logits = penalise(logits.float(), seen, sampling.repetition_penalty)
     k = int(sampling.top_k) if sampling.temp else 1
     ids, kept = _contenders(logits, k or len(logits), forbidden)
     best = kept.max()  # NaN where any is NaN
     if not best.isfinite():
-        raise ValueError("the model's logits are not finite numbers: its weights are broken")
+        raise UserError("the model's logits are not finite numbers: its weights are broken")
     if sampling.temp == 0:
         return Candidates(ids[kept == best][:1], torch.ones(1, device=logits.device))
     kept = kept / sampling.temp
