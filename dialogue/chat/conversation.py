@@ -60,7 +60,7 @@ class Conversation:
         free = self.limit - len(turn) - spent - 2  # <BOT> and <END> of the answer
         if free < 1:
             fit = max(0, self.limit - 5 - spent)
-            raise UserError(f"the message has at least {len(turn) - 2} tokens, {fit} fit: make it shorter")
+            raise UserError(f"the message has {len(turn) - 2} tokens, {fit} fit: make it shorter")
         before = self.turns
         kept = self._newest(free - min(max_t, free // 2))
         self.turns = [*kept, turn]
@@ -233,7 +233,7 @@ class Conversation:
         return [token for turn in turns for token in turn]
 
     def _turn(self, index: int, text: str) -> list[int]:
-        """A closed turn of ids; of more than fit, more than fit. Half a character that came in becomes a "?"."""
+        """A closed turn of ids. Half a character that came in becomes a "?"."""
         whole = text.encode("utf-8", "replace").decode("utf-8")
         role = self.roles.bot if index % 2 else self.roles.user
-        return encode_turn(self.tokenizer, role, whole, self.roles.end, self.limit)
+        return encode_turn(self.tokenizer, role, whole, self.roles.end)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Generator
-from typing import Protocol
 
 import torch
 import transformers
@@ -15,27 +14,11 @@ from dialogue.chat.decoder import Decoder
 from dialogue.chat.families import supported
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.errors import UserError, in_a_line
-from dialogue.prompt import find_roles, without_roles
-
-
-class Engine(Protocol):
-    """One sequence: tokens in, logits out, a cache in between. Anything that has this can be chatted with."""
-
-    length: int  # tokens in the cache
-    precision: str  # of the weights, as a person calls it
-
-    def step(self, ids: list[int]) -> Tensor:
-        """Read one or more new tokens; logits (V,) float32 after the last of them."""
-
-    def truncate(self, length: int) -> None:
-        """Forget what follows the first `length` tokens; more, where the cache cannot be cut there."""
-
-    def reset(self) -> None:
-        """Forget everything."""
+from dialogue.prompt import find_roles, never_drawn, without_roles
 
 
 class TransformersEngine:
-    """An `Engine` over any causal language model of transformers."""
+    """What `Decoder` does for one sequence, with any causal language model of transformers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
@@ -45,6 +28,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def step(self, ids: list[int]) -> Tensor:
+        """Read one or more new tokens; logits (V,) float32 after the last of them."""
         new = torch.tensor([ids], device=self.model.device)
         try:
             output = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -55,6 +39,7 @@ class TransformersEngine:
         return output.logits[0, -1].float()
 
     def truncate(self, length: int) -> None:
+        """Forget what follows the first `length` tokens; everything, where the cache cannot be cut."""
         if length >= self.length:
             return
         try:
@@ -64,8 +49,12 @@ class TransformersEngine:
             self.reset()
 
     def reset(self) -> None:
+        """Forget everything."""
         self.cache = DynamicCache(config=self.model.config)
         self.length = 0
+
+
+Engine = Decoder | TransformersEngine
 
 
 class Model:
@@ -98,11 +87,7 @@ class Model:
         self.held = list(ids)
         logits = self.engine.step(new)
         self.tokens_read += len(new)
-        if not self.forbidden:
-            # Control tokens other than <END>, and rows of the embedding that no token stands for.
-            unknown = set(range(len(logits))) - set(self.tokenizer.get_vocab().values())
-            control = {*self.tokenizer.all_special_ids, *self.roles} - {self.roles.end}
-            self.forbidden = sorted(unknown | control)
+        self.forbidden = self.forbidden or never_drawn(self.tokenizer, len(logits))
         return logits
 
     def tokens(

@@ -210,5 +210,5 @@ def read_sampler(folder: Path) -> Sampling:
         if config.do_sample is False:
             return Sampling(0.0, repetition_penalty=config.repetition_penalty)
         return Sampling(config.temperature, config.top_k, config.top_p, 0.0, config.repetition_penalty)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, UserError) as error:
         raise UserError(f"{folder} has no fitted sampler in its generation_config.json") from error
