@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from dialogue import storage
 from dialogue.chat import history, terminal
-from dialogue.chat.commands import WHOLE_NUMBERS
+from dialogue.chat.commands import WHOLE_NUMBERS, fitted
 from dialogue.chat.session import Chat
 from dialogue.errors import Parser, UserError, exit_code
 from dialogue.plaintext import plain
@@ -124,9 +124,8 @@ def parse(argv: list[str] | None) -> Namespace:
     add("--sampler", choices=("defaults", "fitted"), default="fitted",
         help="fitted: the settings that fitted this model best; defaults: those above (default: fitted)")  # fmt: skip
     add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
-    per_device = "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32; auto: the fastest for this model"
-    add("--precision", choices=("auto", "float32", "bfloat16", "float16", "int8"), default="auto",
-        help=f"of the weights: {per_device}")  # fmt: skip
+    add("--precision", choices=("auto", "float32", "int8"), default="auto",
+        help="of the weights; auto: int8 on a CPU, 16 bits on a GPU")  # fmt: skip
     add("--device", choices=("cpu",), help="cpu: leave the GPU alone, for example where it is full")
     add("--debug", action="store_true", help="show the traceback of an error that ends the program")
     return parser.parse_args(argv)
@@ -156,17 +155,6 @@ def find_model(name: str) -> str:
             "(or `--preset starter`, which takes minutes on a CPU)"
         )
     return name
-
-
-def fitted(model: str) -> dict[str, Any]:
-    """Settings from the generation_config.json of a model that was trained here, as far as it has them."""
-    if not all(os.path.isfile(Path(model, file)) for file in (storage.RUN_FILE, "generation_config.json")):
-        return {}
-    names = {"temperature": "temp", "max_new_tokens": "max_t"}
-    values = storage.read_json(Path(model, "generation_config.json"), {})
-    found = {names.get(name, name): value for name, value in values.items() if value is not None}
-    found |= {"temp": 0.0} if values.get("do_sample") is False else {}
-    return {name: found[name] for name in SETTINGS if name in found}
 
 
 def described(model: str, sampler: dict[str, Any]) -> str:

@@ -22,7 +22,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dialogue import machine, models
-from dialogue.chat.batch import CHAT, answer
+from dialogue.chat.batch import answer
+from dialogue.chat.sampling import CHAT
 from dialogue.data import packing
 from dialogue.data.corpus import Dialogues, fold, own_openers, rough, without_leaks, without_overlap
 from dialogue.data.exports import SILENCE

@@ -104,11 +104,6 @@ def test_the_cpu_can_be_asked_for(home, capsys, monkeypatch):
     assert run(capsys, "--device", "cuda", "--prompt", "Hi")[0] == 2
 
 
-def test_the_help_says_which_precision_is_for_which_device(capsys):
-    code, out, _ = run(capsys, "--help")
-    assert code == 0 and "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32" in " ".join(out.split())
-
-
 def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):
     values = {"temperature": 0, "max_new_tokens": 3, "eos_token_id": 1}
     folder = tmp_path / "fitted"

@@ -381,8 +381,8 @@ def test_a_fit_that_finds_greedy_choices_best_is_written_and_read(tmp_path):
 
     GenerationConfig(eos_token_id=5, pad_token_id=4).save_pretrained(tmp_path)
     merge.write_sampler(tmp_path, Sampling(0.0, 40, 0.9, repetition_penalty=1.06), 50)
-    assert merge.read_sampler(tmp_path) == Sampling(0.0, repetition_penalty=1.06)
     (tmp_path / "run.json").write_text("{}")
+    assert merge.read_sampler(tmp_path) == Sampling(0.0, repetition_penalty=1.06)
     assert main.fitted(str(tmp_path)) == {"max_t": 50, "temp": 0.0, "repetition_penalty": 1.06}
 
 

@@ -7,10 +7,8 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dialogue import machine
-from dialogue.chat.sampling import Sampling, candidates, draw
+from dialogue.chat.sampling import CHAT, Sampling, candidates, draw
 from dialogue.prompt import decode_reply, encode_dialogue, find_roles, never_drawn, without_roles
-
-CHAT = Sampling(temp=0.8, top_k=40, top_p=0.9)  # the defaults of `generate_text`
 
 
 class Reply(NamedTuple):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from dialogue import lessons
 from dialogue.errors import UserError
-from dialogue.json_files import write_private
+from dialogue.json_files import read_json, write_private
 from dialogue.plaintext import plain
+from dialogue.storage import RUN_FILE
 
 if TYPE_CHECKING:
     from dialogue.chat.rerank import Candidate
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
 LEAVE = ("exit", "quit", "bye", "/exit", "/quit", "/bye", "/q")
 WHOLE_NUMBERS = ("max_t", "top_k", "best_of")  # the other settings are any numbers
+# Settings that a run fits, and their names in generation_config.json.
+FITTED = {"max_t": "max_new_tokens", "temp": "temperature", "top_k": "top_k", "top_p": "top_p",
+          "min_p": "min_p", "repetition_penalty": "repetition_penalty"}  # fmt: skip
+
+
+def fitted(folder: str | Path) -> dict[str, Any]:
+    """Settings from the generation_config.json of a model that was trained here, as far as it has them."""
+    if not all(os.path.isfile(Path(folder, file)) for file in (RUN_FILE, "generation_config.json")):
+        return {}
+    values = read_json(Path(folder, "generation_config.json"), {})
+    values |= {"temperature": 0.0} if values.get("do_sample") is False else {}
+    return {name: values[theirs] for name, theirs in FITTED.items() if values.get(theirs) is not None}
 
 
 def command(usage: str) -> Callable:

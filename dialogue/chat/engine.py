@@ -116,9 +116,8 @@ class Model:
 def load(name: str, precision: str = "auto", device: str | None = None) -> Model:
     """A merged model's folder, an adapter's folder (merged on loading), or a name on the hub.
 
-    `precision` is "int8" or a torch dtype's name; "auto" takes the fastest of full quality on `device` (None: the
-    best there is). Raises UserError, one line, for anything that is no dialogue model, and for a precision that is
-    not to be had.
+    `precision` is "int8" or "float32"; "auto" takes the fastest of full quality on `device` (None: the best there is).
+    Raises UserError, one line, for anything that is no dialogue model, and for a precision that is not to be had.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -126,8 +125,7 @@ def load(name: str, precision: str = "auto", device: str | None = None) -> Model
     machine.stay_on(where)
     for note in [] if device else machine.gpu_notes():
         print(note, file=sys.stderr)
-    dtype = None if precision == "auto" or where.type == "cpu" else _dtype(where, precision)
-    model, tokenizer = models.load(name, dtype, where)
+    model, tokenizer = models.load(name, torch.float32 if precision == "float32" else None, where)
     limit = models.context_length(model.config)
     return Model(make(model, precision, limit), tokenizer, limit)
 
@@ -140,11 +138,13 @@ def make(model: PreTrainedModel, precision: str, limit: int) -> Engine:
     `model` itself takes its engine's dtype, but for those on a CPU. Raises UserError as `load` does.
     """
     if model.device.type == "cpu" and supported(model.config):
-        if precision not in ("auto", "int8", "float32"):
-            raise UserError(f"--precision {precision} is for GPUs: take int8, float32 or auto")
         return Decoder(model, "int8" if precision == "auto" else precision, limit)
-    if precision != "auto" or model.device.type != "cuda" or model.dtype != torch.float16:
-        model = model.to(_dtype(model.device, precision))  # type: ignore[arg-type]
+    if precision == "int8":
+        raise UserError("--precision int8 is for GPT-2 and Llama models on a CPU: take auto")
+    if precision == "float32":
+        model = model.float()
+    elif model.device.type != "cuda" or model.dtype != torch.float16:
+        model = model.to(machine.pick_dtype(model.device))  # type: ignore[arg-type]
     if model.device.type == "cuda" and model.dtype != torch.float32 and supported(model.config):
         return proved(model, limit)
     return TransformersEngine(model)
@@ -161,10 +161,3 @@ def proved(model: PreTrainedModel, limit: int) -> Engine:
         problem = in_a_line(error)
     print(f"the fast engine for GPUs does not work here ({problem}): transformers' own is used", file=sys.stderr)
     return TransformersEngine(model)
-
-
-def _dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Of the weights in transformers' own code, which has no int8 that is worth its time."""
-    if precision == "int8":
-        raise UserError("--precision int8 is for GPT-2 and Llama models on a CPU: take auto")
-    return machine.pick_dtype(device) if precision == "auto" else getattr(torch, precision)
