@@ -1,6 +1,5 @@
 """What a person can type besides a message. A command that is wrong raises UserError and changes nothing."""
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dialogue import lessons
+from dialogue.chat.history import check_messages, read_messages
 from dialogue.errors import UserError
 from dialogue.json_files import read_json, write_private
 from dialogue.plaintext import plain
@@ -224,8 +224,6 @@ def save(chat: "Chat", rest: str) -> None:
     """write the conversation as JSON chat messages"""
     path = Path(os.path.expanduser(rest))
     if os.path.exists(path):  # Path.exists raises for a name that is too long
-        from dialogue.chat.messages import check_messages
-
         try:
             check_messages(read_messages(path))
         except UserError as error:
@@ -245,15 +243,3 @@ def load(chat: "Chat", rest: str) -> None:
     chat.note(f"{len(chat.conversation.turns)} turns loaded")
     chat.announce_forgotten()
     chat.show_turns(chat.conversation.messages())
-
-
-def read_messages(path: Path) -> Any:
-    """The JSON in a file. Raises UserError where there is none."""
-    if not os.path.isfile(path):  # reading /dev/zero never ends
-        raise UserError(f"{plain(str(path))} is no file")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{plain(str(path))} could not be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{plain(str(path))} is not a saved conversation: {plain(str(error))}") from error

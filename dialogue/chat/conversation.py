@@ -9,7 +9,7 @@ import torch
 
 from dialogue.chat import drafts, rerank
 from dialogue.chat.engine import Model
-from dialogue.chat.messages import ROLES, Messages, check_messages
+from dialogue.chat.history import ROLES, Messages, check_messages
 from dialogue.chat.sampling import Explained, Sampling, explain
 from dialogue.errors import UserError
 from dialogue.plaintext import plain, stable
@@ -36,7 +36,7 @@ class Conversation:
         self.forgotten = 0  # turns that left the context for the last reply
         self.sampling: Sampling | None = None  # of the last reply
         self.stats = ""  # of the last reply: tokens, time and precision in a line
-        self._choice: tuple[Any, list[rerank.Candidate], Any] = None, [], None  # turns, candidates, how they were drawn
+        self._choice: tuple[Any, list[rerank.Candidate]] = None, []  # turns, and the candidates for the last of them
         self.generator = torch.Generator()
         try:
             self.generator.seed() if seed is None else self.generator.manual_seed(seed)
@@ -83,7 +83,7 @@ class Conversation:
         finally:
             if self.turns is not before:
                 self._close(said)
-                self._choice = self.turns, ranked, sampling
+                self._choice = self.turns, ranked
                 self.sampling = replace(sampling, temp=ranked[0].temp) if ranked else sampling
 
     def go_on(self, max_t: int, sampling: Sampling) -> Generator[str, None, None]:
@@ -98,7 +98,7 @@ class Conversation:
             yield from self._stream(prompt, said, min(max_t, room), sampling)
         finally:
             self._close(said)
-            self._choice, self.sampling = (None, [], None), sampling
+            self._choice, self.sampling = (None, []), sampling
 
     def _close(self, said: list[int]) -> None:
         """Add the answer to the turns; without an <END>, which `said` may have, it was cut."""
@@ -151,14 +151,14 @@ class Conversation:
 
     def take(self, number: int) -> str:
         """Put candidate `number`, from 1, in the place of the last answer; its text. Raises UserError without one."""
-        ranked, sampling = self.candidates, self._choice[2]
+        ranked = self.candidates
         if not 1 <= number <= len(ranked):
             raise UserError(f"the last reply has {len(ranked) or 'no'} candidates" + ", from 1" * bool(ranked))
         chosen = ranked[number - 1]
         self.turns = [*self.turns[:-1], [self.roles.bot, *chosen.tokens, self.roles.end]]
         self.cut = self.turns if chosen.fault == "cut" else None
-        self._choice = self.turns, ranked, sampling
-        self.sampling = replace(sampling, temp=chosen.temp)
+        self._choice = self.turns, ranked
+        self.sampling = replace(self.sampling or Sampling(), temp=chosen.temp)
         return plain(chosen.text)
 
     def _newest(self, room: int) -> list[list[int]]:

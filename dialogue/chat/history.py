@@ -1,19 +1,52 @@
-"""What the chat keeps between two starts, in files that their owner alone can read: what was typed, and the last
-conversation."""
+"""What the chat keeps: conversations, as chat messages that other programs read too, and what was typed."""
 
+import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from prompt_toolkit.history import FileHistory
 
-from dialogue.chat.commands import read_messages
-from dialogue.chat.messages import Messages, check_messages
 from dialogue.errors import UserError
 from dialogue.plaintext import plain
 
+SHAPE = "a list of messages whose roles alternate, user first and assistant last, each with a content"
+
+Messages = list[dict[str, str]]
+ROLES = ("user", "assistant")  # of turns, by their number
 KEPT = "conversation.json"  # the last conversation, beside the history
+
+
+def check_messages(messages: Any) -> tuple[str, Messages]:
+    """Messages -> the persona, which a system message at the start holds, and the turns.
+
+    Raises UserError for anything but a conversation.
+    """
+    persona = ""
+    first = messages[0] if isinstance(messages, list) and messages else None
+    if isinstance(first, dict) and first.get("role") == "system" and isinstance(first.get("content"), str):
+        persona, messages = first["content"], messages[1:]
+    if not isinstance(messages, list) or len(messages) % 2:
+        raise UserError(f"not a conversation: needed is {SHAPE}")
+    for index, message in enumerate(messages):
+        named = isinstance(message, dict) and message.get("role") == ROLES[index % 2]
+        if not named or not isinstance(message.get("content"), str):
+            raise UserError(f"not a conversation (message {index + 1}): needed is {SHAPE}")
+    return persona, messages
+
+
+def read_messages(path: Path) -> Any:
+    """The JSON in a file. Raises UserError where there is none."""
+    if not os.path.isfile(path):  # reading /dev/zero never ends
+        raise UserError(f"{plain(str(path))} is no file")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{plain(str(path))} could not be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{plain(str(path))} is not a saved conversation: {plain(str(error))}") from error
 
 
 class History(FileHistory):

@@ -16,7 +16,7 @@ from dialogue.plaintext import plain
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
     from dialogue.chat.conversation import Conversation
-    from dialogue.chat.messages import Messages
+    from dialogue.chat.history import Messages
 
 
 def write(text: str) -> None:

@@ -14,8 +14,7 @@ from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings
 
 from dialogue.chat import commands
-from dialogue.chat.history import KEPT, open_history, state_folder
-from dialogue.chat.messages import Messages
+from dialogue.chat.history import KEPT, Messages, open_history, state_folder
 from dialogue.chat.session import Chat, write
 from dialogue.errors import ENDINGS, UserError, handled, in_a_line
 from dialogue.plaintext import plain
