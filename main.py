@@ -144,15 +144,11 @@ def find_model(name: str) -> str:
             return name
     if os.path.isdir(folder) and (checkpoint := storage.newest_checkpoint(folder)):
         return str(checkpoint)
-    if os.path.isfile(storage.lock_of(folder)):
-        raise UserError(
-            f"no model in {name.rstrip('/')}/ yet: a training is going to write it; wait, or talk to its newest "
-            "checkpoint with --model gpt2-dialogue-checkpoints (where it was stopped, the same command goes on)"
-        )
     if name in ("", model_dir) or os.path.exists(name) or name.startswith((".", "/")):
         raise UserError(
             f"no model in {name.rstrip('/')}/: train one first with `python Fine_tuningmodel.py` "
-            "(or `--preset starter`, which takes minutes on a CPU)"
+            "(or `--preset starter`, which takes minutes on a CPU); to one that is being trained, "
+            "--model gpt2-dialogue-checkpoints talks"
         )
     return name
 
@@ -170,9 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     flags.model = find_model(flags.model)
     given = {name: getattr(flags, name) for name in SETTINGS if getattr(flags, name) is not None}
-    untouched = {name for name, value in settings().items() if value == UNEDITED[name]} - set(given)
     own = fitted(flags.model) if flags.sampler == "fitted" else {}
-    own = {name: value for name, value in own.items() if name in untouched and value != UNEDITED[name]}
+    own = {name: of for name, of in own.items() if name not in given and settings()[name] == UNEDITED[name] != of}
     chosen = own | given
     earlier = history.last_conversation() if flags.go_on else []
 

@@ -366,6 +366,13 @@ def test_what_people_type(home):
     talk.type("/save said.json", "saved to said.json")
     said = [message["content"] for message in json.loads((home / "said.json").read_text())[::2]]
     assert said == ["are you there?", "one\ntwo"]
+    talk.type("/set max_t 60", "max_t = 60")
+    talk.type("talk on", "bot> ")
+    talk.send("typed ahead")
+    talk.expect("60 tokens, |you>")
+    assert "typed" not in talk.before, "what was typed stands in the reply"
+    talk.expect("typed ahead")
+    talk.type("", "bot> ")
     talk.type("QUIT", "Bye")
     talk.leaves(0)
 
@@ -461,5 +468,5 @@ def test_the_newest_whole_checkpoint_of_a_training_can_be_talked_to(home, merged
     (checkpoints / "checkpoint-10" / "config.json").unlink()
     assert chat.find_model("gpt2-dialogue-checkpoints") == "gpt2-dialogue-checkpoints/checkpoint-9"
     (checkpoints / "checkpoint-9" / "config.json").unlink()
-    with storage.locked(checkpoints), pytest.raises(UserError, match="is going to write it; wait"):
+    with pytest.raises(UserError, match="to one that is being trained, --model gpt2-dialogue-checkpoints talks"):
         chat.find_model("gpt2-dialogue-checkpoints")

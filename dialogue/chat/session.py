@@ -56,6 +56,8 @@ class Chat:
         table = Table(*titles, box=None, show_header=bool(titles), padding=(0, 2, 0, 0))
         for row in rows:
             table.add_row(*map(Text, row))
+        for column in table.columns[1:] if titles else ():
+            column.justify = "right"
         self.console.print(table)
 
     def prompt(self) -> str:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from prompt_toolkit import PromptSession
@@ -18,6 +19,11 @@ from dialogue.chat.history import KEPT, Messages, open_history, state_folder
 from dialogue.chat.session import Chat, write
 from dialogue.errors import ENDINGS, UserError, handled, in_a_line
 from dialogue.plaintext import plain
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
 
 # torch and transformers take seconds to import; that happens while the person types.
 if TYPE_CHECKING:
@@ -66,6 +72,9 @@ def chat(this: Chat, top: str, earlier: Messages, private: bool) -> None:
     """The conversation on a terminal, until `exit` or end of file. `top` says which model it is with, `earlier` is what
     it goes on with; where it is private, nothing of it is kept."""
     this.kept = None if private else state_folder() / KEPT
+    keys = KeyBindings()  # for many lines prompt_toolkit has them the other way round
+    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     session: PromptSession = PromptSession(
         history=InMemoryHistory() if private else open_history(),
         completer=WordCompleter(
@@ -73,10 +82,14 @@ def chat(this: Chat, top: str, earlier: Messages, private: bool) -> None:
         ),
         complete_while_typing=False,
         multiline=True,  # a pasted text keeps its lines
-        key_bindings=_keys(),
+        key_bindings=keys,
         enable_suspend=True,
     )
     this.loading.add_done_callback(lambda _: _refresh(session, this.loading))
+    if termios:  # between prompts, what is typed is not shown; it waits for the next prompt, also after Ctrl-C
+        before, unseen = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
+        unseen[3] = unseen[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
     try:
         with handled(lambda number, _: sys.exit(128 + number), *ENDINGS):
             this.note(f"{top}\nType a message; /help lists commands, exit leaves.")
@@ -88,6 +101,9 @@ def chat(this: Chat, top: str, earlier: Messages, private: bool) -> None:
             this.note("Bye.")
     finally:
         leaving = sys.exc_info()[1]
+        if termios:
+            with suppress(termios.error):  # the terminal's window was closed
+                termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
         if not this.loading.done() and (leaving is None or isinstance(leaving, SystemExit)):
             # A thread in the middle of an import cannot be stopped, and nobody waits for it.
             sys.stdout.flush()
@@ -131,14 +147,6 @@ def _refresh(session: PromptSession, loading: "Future[Conversation]") -> None:
 
     if app.loop and app.is_running:
         app.loop.call_soon_threadsafe(refresh)
-
-
-def _keys() -> KeyBindings:
-    """Enter sends, Alt-Enter makes a new line: prompt_toolkit has it the other way round for many lines."""
-    keys = KeyBindings()
-    keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
-    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    return keys
 
 
 def in_background(work: Callable[[], Any]) -> "Future[Any]":
