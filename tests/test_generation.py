@@ -291,6 +291,25 @@ def test_an_interrupted_forward_pass_leaves_no_trace(merged, monkeypatch):
     assert say(talk, "Hello") == reply
 
 
+def test_an_interrupted_cut_of_the_cache_leaves_no_trace(merged, monkeypatch):
+    engine = TransformersEngine(AutoModelForCausalLM.from_pretrained(merged))
+    talk = Conversation(Model(engine, AutoTokenizer.from_pretrained(merged), 96))
+    reply = say(talk, "Hello")
+    crop = engine.cache.layers[0].crop
+
+    def interrupted(length):
+        crop(length)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.cache.layers[0], "crop", interrupted)
+    turns = talk.turns
+    talk.undo()
+    with pytest.raises(KeyboardInterrupt):
+        say(talk, "Hi there")
+    assert talk.turns == turns[:-2] and engine.length == 0
+    assert say(talk, "Hello") == reply
+
+
 def test_undo_save_and_restore(talk):
     say(talk, "one")
     say(talk, "two")

@@ -61,15 +61,15 @@ class Conversation:
         if free < 1:
             fit = max(0, self.limit - 5 - spent)
             raise UserError(f"the message has {len(turn) - 2} tokens, {fit} fit: make it shorter")
-        before = self.turns
-        kept = self._newest(free - min(max_t, free // 2))
-        self.turns = [*kept, turn]
-        self.forgotten = len(before) - len(kept)
-        prompt, self.stats = [*self._read(), self.roles.bot], ""
+        before, kept = self.turns, self._newest(free - min(max_t, free // 2))
         said: list[int] = []
-        most, ranked = min(max_t, self.limit - 1 - len(prompt)), []
+        ranked: list[rerank.Candidate] = []
+        self.stats = ""
         try:
-            count = best_of or self.model.quick_candidates
+            self.turns = [*kept, turn]
+            self.forgotten = len(before) - len(kept)
+            prompt = [*self._read(), self.roles.bot]
+            most, count = min(max_t, self.limit - 1 - len(prompt)), best_of or self.model.quick_candidates
             if count > 1 and sampling.temp > 0:
                 ranked = self._best(prompt, message, most, sampling, count)
                 said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
@@ -92,11 +92,14 @@ class Conversation:
             raise UserError("the last reply is whole: there is nothing to go on with")
         if (room := self.limit - self.used) < 1:
             raise UserError("the context is full: /reset begins a new conversation")
-        *self.turns, answer = self.turns
-        prompt, said, self.stats = [*self._read(), self.roles.bot], answer[1:-1], ""
+        *before, answer = self.turns
+        said, self.stats = answer[1:-1], ""
         try:
+            self.turns = before
+            prompt = [*self._read(), self.roles.bot]
             yield from self._stream(prompt, said, min(max_t, room), sampling)
         finally:
+            self.turns = before
             self._close(said)
             self._choice, self.sampling = (None, []), sampling
 

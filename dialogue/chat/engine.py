@@ -47,6 +47,9 @@ class TransformersEngine:
             self.length = length
         except (RuntimeError, ValueError):  # a sliding window or a recurrent state cannot be cut
             self.reset()
+        except KeyboardInterrupt:  # some layers are cut, some are not
+            self.reset()
+            raise
 
     def reset(self) -> None:
         """Forget everything."""
