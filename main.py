@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from dialogue import storage
 from dialogue.chat import history, terminal
-from dialogue.chat.commands import WHOLE_NUMBERS
+from dialogue.chat.commands import WHOLE_NUMBERS, fitted
+from dialogue.chat.session import Chat
 from dialogue.errors import Parser, UserError, exit_code
 from dialogue.plaintext import plain
 
@@ -117,17 +118,15 @@ def parse(argv: list[str] | None) -> Namespace:
     for name, default in settings().items():
         kind = int if name in WHOLE_NUMBERS else float
         add(f"--{name}", type=kind, metavar="N", help=f"{SETTINGS[name]} (default: {default})")
-    sources, precisions = ("defaults", "fitted"), ("auto", "float32", "bfloat16", "float16", "int8")
     add("--persona", metavar="TEXT", help="what the bot is told about itself, before the first message")
     add("--continue", dest="go_on", action="store_true", help="go on with the last conversation")
     add("--private", action="store_true", help="keep nothing: neither this conversation nor what is typed")
-    add("--sampler", choices=sources, default="fitted",
+    add("--sampler", choices=("defaults", "fitted"), default="fitted",
         help="fitted: the settings that fitted this model best; defaults: those above (default: fitted)")  # fmt: skip
     add("--seed", type=int, metavar="N", help="makes a whole conversation repeat exactly")
-    per_device = "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32; auto: the fastest for this model"
-    add("--precision", choices=precisions, default="auto", help=f"of the weights: {per_device}")
+    add("--precision", choices=("auto", "float32", "int8"), default="auto",
+        help="of the weights; auto: int8 on a CPU, 16 bits on a GPU")  # fmt: skip
     add("--device", choices=("cpu",), help="cpu: leave the GPU alone, for example where it is full")
-    add("--stats", choices=("on", "off", "json"), default="on", help="after each reply; json: on standard error")
     add("--debug", action="store_true", help="show the traceback of an error that ends the program")
     return parser.parse_args(argv)
 
@@ -137,11 +136,7 @@ def find_model(name: str) -> str:
 
     Raises UserError for what can be neither.
     """
-    if not name.strip():
-        raise UserError(f"--model is empty: give a folder, for example {model_dir}")
     folder = Path(name)
-    if os.path.isfile(folder):
-        raise UserError(f"{name} is a file: --model takes the folder that it lies in")
     for wait in (0, 0.1):  # a training may be replacing the folder at this very moment
         time.sleep(wait)
         storage.recover(folder)
@@ -149,51 +144,30 @@ def find_model(name: str) -> str:
             return name
     if os.path.isdir(folder) and (checkpoint := storage.newest_checkpoint(folder)):
         return str(checkpoint)
-    if os.path.isfile(storage.lock_of(folder)):
-        raise UserError(
-            f"no model in {name.rstrip('/')}/ yet: a training is going to write it; wait, or talk to its newest "
-            "checkpoint with --model gpt2-dialogue-checkpoints (where it was stopped, the same command goes on)"
-        )
-    if name == model_dir or os.path.exists(name) or name.startswith((".", "/")):
+    if name in ("", model_dir) or os.path.exists(name) or name.startswith((".", "/")):
         raise UserError(
             f"no model in {name.rstrip('/')}/: train one first with `python Fine_tuningmodel.py` "
-            "(or `--preset starter`, which takes minutes on a CPU)"
+            "(or `--preset starter`, which takes minutes on a CPU); to one that is being trained, "
+            "--model gpt2-dialogue-checkpoints talks"
         )
     return name
-
-
-def fitted(model: str) -> dict[str, Any]:
-    """Settings from the generation_config.json of a model that was trained here, as far as it has them."""
-    if not all(os.path.isfile(Path(model, file)) for file in (storage.RUN_FILE, "generation_config.json")):
-        return {}
-    names = {"temperature": "temp", "max_new_tokens": "max_t"}
-    values = storage.read_json(Path(model, "generation_config.json"), {})
-    found = {names.get(name, name): value for name, value in values.items() if value is not None}
-    found |= {"temp": 0.0} if values.get("do_sample") is False else {}
-    for name in found.keys() & SETTINGS.keys():
-        if not isinstance(found[name], int | float):
-            raise UserError(f"{model}/generation_config.json: {name} must be a number, not {found[name]!r}")
-    return {name: found[name] for name in SETTINGS if name in found}
 
 
 def described(model: str, sampler: dict[str, Any]) -> str:
     """What stands above a conversation: the model, its base and date, where its run says so, and fitted settings."""
     facts = storage.read_json(Path(model, storage.RUN_FILE)).get("facts")
-    base, date = (plain(str(facts.get(name, ""))) if isinstance(facts, dict) else "" for name in ("base model", "date"))
-    settings = "\nSettings fitted to it: " + ", ".join(f"{name} {value:g}" for name, value in sampler.items())
-    return plain(model) + f", trained from {base}" * bool(base) + f" on {date}" * bool(date) + settings * bool(sampler)
+    base, date = (facts.get(name) if isinstance(facts, dict) else "" for name in ("base model", "date"))
+    settings = "\nSettings fitted to it: " + ", ".join(f"{name} {value}" for name, value in sampler.items())
+    return plain(model + f", trained from {base}" * bool(base) + f" on {date}" * bool(date) + settings * bool(sampler))
 
 
 def main(argv: list[str] | None = None) -> None:
     """Say what is missing at once; then talk, while the model loads behind the first prompt."""
     flags = parse(argv)
-    if flags.prompt is not None and not flags.prompt.strip():
-        raise UserError("--prompt is empty: give it a message, or leave it out to chat")
     flags.model = find_model(flags.model)
     given = {name: getattr(flags, name) for name in SETTINGS if getattr(flags, name) is not None}
-    untouched = {name for name, value in settings().items() if value == UNEDITED[name]} - set(given)
     own = fitted(flags.model) if flags.sampler == "fitted" else {}
-    own = {name: value for name, value in own.items() if name in untouched and value != UNEDITED[name]}
+    own = {name: of for name, of in own.items() if name not in given and settings()[name] == UNEDITED[name] != of}
     chosen = own | given
     earlier = history.last_conversation() if flags.go_on else []
 
@@ -211,13 +185,12 @@ def main(argv: list[str] | None = None) -> None:
     if not flags.debug:
         warnings.simplefilter("ignore")  # of libraries; they would stand in the middle of the prompt
     if flags.prompt is not None:
-        terminal.answer([flags.prompt], start, generate_text, chosen, flags.stats)
+        terminal.answer([flags.prompt], start, generate_text, chosen)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        terminal.chat(
-            start, generate_text, settings(), chosen, flags.stats, described(flags.model, own), earlier, flags.private
-        )
+        talk = Chat(terminal.in_background(start), generate_text, settings(), chosen)
+        terminal.chat(talk, described(flags.model, own), earlier, flags.private)
     else:
-        terminal.answer(sys.stdin, start, generate_text, chosen, flags.stats)
+        terminal.answer(sys.stdin, start, generate_text, chosen)
 
 
 if __name__ == "__main__":

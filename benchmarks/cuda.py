@@ -30,9 +30,9 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from dialogue import machine, models
-from dialogue.chat.cuda_graph import USUAL, GraphDecoder
+from dialogue.chat.cuda_graph import GraphDecoder
 from dialogue.chat.engine import proved
-from dialogue.chat.sampling import Sampling
+from dialogue.chat.sampling import CHAT, Sampling
 from dialogue.data import packing
 from dialogue.data.sources import load_corpus
 from dialogue.measure.loss import head_of, mean_nats
@@ -85,7 +85,7 @@ class Bench:
             hidden_size=width, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=9,
             num_key_value_heads=3, vocab_size=5000, max_position_embeddings=512,
         )  # fmt: skip
-        settings = (Sampling(0), USUAL, Sampling(1.0, 0, 0.9, 0.05, 1.1))
+        settings = (Sampling(0), CHAT, Sampling(1.0, 0, 0.9, 0.05, 1.1))
         for cudnn in (True, False):
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
             for name, model in (("GPT-2", GPT2LMHeadModel(gpt2)), ("Llama, shared keys", LlamaForCausalLM(llama))):
@@ -97,9 +97,7 @@ class Bench:
                     )
                     print(f"cuDNN attention {cudnn}, {name}, {dtype}: taken {taken}, repeats itself {repeats}")
 
-    def reply(
-        self, engine: GraphDecoder, count: int, sampling: Sampling = USUAL, told: Callable = lambda: None
-    ) -> list:
+    def reply(self, engine: GraphDecoder, count: int, sampling: Sampling = CHAT, told: Callable = lambda: None) -> list:
         """`count` tokens after a prompt of 64; `told` is called when the first of them is there."""
         engine.reset()
         prompt, said = list(range(100, 164)), []

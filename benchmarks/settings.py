@@ -20,8 +20,8 @@ import transformers
 
 import Fine_tuningmodel as script
 from dialogue import machine, models
-from dialogue.chat.batch import CHAT, Reply, answer
-from dialogue.chat.sampling import Sampling
+from dialogue.chat.batch import Reply, answer
+from dialogue.chat.sampling import CHAT, Sampling
 from dialogue.data import corpus, sources
 from dialogue.measure import listening, report
 from dialogue.measure.replies import find_contexts, measure

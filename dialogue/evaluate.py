@@ -22,7 +22,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from dialogue import machine, models
-from dialogue.chat.batch import CHAT, answer
+from dialogue.chat.batch import answer
+from dialogue.chat.sampling import CHAT
 from dialogue.data import packing
 from dialogue.data.corpus import Dialogues, fold, own_openers, rough, without_leaks, without_overlap
 from dialogue.data.exports import SILENCE
@@ -63,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     """Score both models one after the other, so that there is memory for one only."""
     flags = parse(argv)
     console = Console()
-    run = _run_settings(Path(flags.model))
+    run = read_json(Path(flags.model) / RUN_FILE).get("settings")  # of the run that wrote the folder
+    run = run if isinstance(run, dict) else {}
     flags.base = flags.base or run.get("base_model")
     tokenizer = models.dialogue_tokenizer(flags.model)
     loaders = _loaders(flags.model, flags.base, tokenizer, flags.max_t)
@@ -177,12 +179,6 @@ def _seed(text: str) -> int:
     if not 0 <= int(text) < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
     return int(text)
-
-
-def _run_settings(model: Path) -> dict[str, Any]:
-    """The settings of the run that wrote the folder, as far as they are known."""
-    settings = read_json(model / RUN_FILE).get("settings")
-    return settings if isinstance(settings, dict) else {}
 
 
 def _loaders(name: str, base: str | None, tokenizer: PreTrainedTokenizerBase, max_t: int) -> Lent:

@@ -10,7 +10,6 @@ inserted by id. Text is encoded with special tokens split, so "<END>" typed by a
 in a dataset stays seven ordinary characters and never becomes a control token.
 """
 
-from functools import cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -76,17 +75,16 @@ def without_roles(ids: list[int], roles: Roles) -> list[int]:
     return [token for token in ids if token not in roles]
 
 
-@cache
-def _longest(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Characters of the longest token: no token stands for more of a text."""
-    return max(map(len, tokenizer.get_vocab()))
+def never_drawn(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+    """Ids that no reply has, of an embedding with so many rows: control tokens other than <END>, and rows that no token
+    stands for."""
+    roles = find_roles(tokenizer)
+    unknown = set(range(rows)) - set(tokenizer.get_vocab().values())
+    return sorted(unknown | {*tokenizer.all_special_ids, *roles} - {roles.end})
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, most: int | None = None) -> list[int]:
-    """Text -> ids, with special tokens split: nothing in `text` can become a control token. Of a text that has `most`
-    tokens for certain, `most` or more: a megabyte takes a second that nothing can end."""
-    if most is not None and len(text) > most:
-        text = text[: most * _longest(tokenizer)]
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Text -> ids, with special tokens split: nothing in `text` can become a control token."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
@@ -117,18 +115,16 @@ def with_persona(persona: str, message: str) -> str:
     return f"{persona}\n{message}" if persona else message
 
 
-def encode_turn(
-    tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int, most: int | None = None
-) -> list[int]:
-    """One closed turn: [role id, text ids ..., <END> id]; of a text of more than `most` tokens, more than `most`."""
-    return [role, *encode_text(tokenizer, text, most), end]
+def encode_turn(tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int) -> list[int]:
+    """One closed turn: [role id, text ids ..., <END> id]."""
+    return [role, *encode_text(tokenizer, text), end]
 
 
-def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: list[str], most: int | None = None) -> list[list[int]]:
+def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> list[list[int]]:
     """Turns -> one list of ids a turn; even turns are USER's, odd turns BOT's. An empty first turn becomes no ids: BOT
-    opens the dialogue. `most` is for `encode_text`."""
+    opens the dialogue."""
     user, bot, end = find_roles(tokenizer)
     return [
-        [] if not (text or index) else encode_turn(tokenizer, bot if index % 2 else user, text, end, most)
+        [] if not (text or index) else encode_turn(tokenizer, bot if index % 2 else user, text, end)
         for index, text in enumerate(turns)
     ]

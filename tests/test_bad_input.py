@@ -18,9 +18,8 @@ from safetensors.torch import load_file, save_file
 import Fine_tuningmodel as script
 import main as chat
 from dialogue import evaluate, export, machine, storage
-from dialogue.data import packing
 from dialogue.errors import UserError, exit_code
-from dialogue.prompt import add_roles, encode_text
+from dialogue.prompt import add_roles
 from dialogue.train import trainer
 
 DIALOGUE = {"dialog": ["Hello, how are you?", "Fine, thank you."]}
@@ -569,16 +568,14 @@ WRONG_WORDS = [
     (["--max_t", "-3"], "max_t must be"),
     (["--seed", "tomorrow"], "invalid int"),
     (["--precision", "int3"], "invalid choice"),
-    (["--stats", "maybe"], "invalid choice"),
     (["--tempo", "1"], "unrecognized arguments"),
     (["\x1b[31mHi"], "unrecognized arguments"),
     (["--model", ""], "no model in|cannot be loaded|--model"),
-    (["--model", "talk.jsonl"], "talk.jsonl is a file"),
+    (["--model", "talk.jsonl"], "no model in talk.jsonl"),
     (["--model", "./loop"], "no model in"),
     (["--model", "a" * 300], "no model in|cannot be loaded"),
     (["--model", "\x1b[31m./red"], "red"),
-    (["--prompt", "a" * 100_000], "has at least 3328 tokens, 251 fit: make it shorter"),  # 256 of 13 letters
-    (["--sampler", "fitted", "--model", "talk.jsonl"], "talk.jsonl is a file"),
+    (["--prompt", "a" * 100_000], r"has \d+ tokens, 251 fit: make it shorter"),
 ]  # fmt: skip
 
 
@@ -611,21 +608,6 @@ def test_odd_messages_get_a_reply(merged, here, monkeypatch, capsys):
     assert exit_code(lambda: chat.main(["--model", str(merged), "--max_t", "3"])) == 0
     captured = capsys.readouterr()
     assert not set(captured.out + captured.err) & set("\x1b\x07\x9b\u202e")
-
-
-def test_of_a_message_that_cannot_fit_only_the_beginning_is_read(merged, capsys):
-    talk = chat.start_conversation(str(merged))
-    long = [{"role": "user", "content": "a" * 10**7}, {"role": "assistant", "content": "b"}]
-    short = [{"role": "user", "content": "a" * 80}, {"role": "assistant", "content": "b" * 80}]
-    talk.restore([*short, *long, *short])
-    assert talk.messages() == short and talk.forgotten == 4
-    tokenizer = talk.tokenizer
-    for text in ("a" * 10**5, "<|endoftext|>" * 10**4, "é" * 10**5, "aé" * 100):
-        most, whole = 300, encode_text(tokenizer, text)
-        read = encode_text(tokenizer, text, most)
-        assert most <= len(read) <= 13 * 2 * most and whole[: len(read)] == read
-    dialogues = [["a" * 10**5, "b", "c", "d"]]
-    assert packing.encode(tokenizer, dialogues, 64).pieces == packing.encode(tokenizer, [["c", "d"]], 64).pieces
 
 
 def test_debug_shows_tracebacks(base, here, monkeypatch):

@@ -19,7 +19,7 @@ from dialogue.errors import UserError
 from dialogue.prompt import without_roles
 
 WARM = Sampling(temp=0.9, top_k=40, repetition_penalty=1.1)
-ENGINES = ("float32", "int8", "transformers")
+ENGINES = ("float32", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_log_probabilities_are_those_of_the_model_and_leave_the_cache_alone(mode
 @pytest.mark.parametrize("name", ENGINES)
 def test_each_draft_is_what_it_would_be_alone(models, merged, name):
     model, prompt, samplings = models[name], tokens(12), [Sampling(temp=0), WARM, WARM, Sampling()]
-    *_, written = drafts.write(model, prompt, 8, samplings, torch.Generator().manual_seed(4))
+    written = drafts.write(model, prompt, 8, samplings, torch.Generator().manual_seed(4))
     seeds = torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(4)).tolist()
     for draft, sampling, seed in zip(written, samplings, seeds, strict=True):
         chance, said = torch.Generator().manual_seed(seed), []
@@ -84,11 +84,10 @@ def test_the_best_is_given_and_the_next_turn_costs_its_own_tokens_only(models, n
         ranked, cost = talk.candidates, talk.model.tokens_read - before
         assert text == ranked[0].text == talk.text(-1) and ranked == rank(ranked)
         assert sorted(each.temp for each in ranked) == [0, *[COOLER * WARM.temp] * 4]
-        assert talk.stats.candidates == 5 and talk.stats.new_tokens == len(ranked[0].tokens)
+        assert talk.stats.startswith(f"{len(ranked[0].tokens)} tokens, the best of 5, ")
         last = [each.tokens for each in ranked][-1]
-        if name != "transformers":
-            drawn = sum(len(each.tokens) - (each.fault == "cut") for each in ranked)
-            assert cost <= talk.used - used + drawn, "of the text before, nothing is read again"
+        drawn = sum(len(each.tokens) - (each.fault == "cut") for each in ranked)
+        assert cost <= talk.used - used + drawn, "of the text before, nothing is read again"
         assert best(again, message) == text, "the same seed, another conversation"
         assert talk.why(WARM)[0].drawn > 0
     assert talk.take(5) == talk.text(-1) and talk.turns[-1][1:-1] == last
@@ -117,17 +116,30 @@ def test_one_alone_and_temperature_0_are_drawn_as_ever(models):
             assert plainly.turns == with_it.turns and with_it.candidates == []
     with pytest.raises(UserError, match="best_of must be"):
         check(50, best_of=-1)
+    talk = Conversation(models["transformers"], seed=9)
+    assert best(talk, "Hi", 0) and talk.candidates == [], "other engines draw one"
+    turns = talk.turns
+    with pytest.raises(UserError, match="best_of must be 0 or 1"):
+        best(talk, "Hi", 2)
+    assert talk.turns is turns
 
 
-def test_stopping_while_it_thinks_leaves_no_trace(models):
+def test_stopping_while_it_thinks_leaves_no_trace(models, monkeypatch):
     talk = Conversation(models["int8"], seed=2)
     best(talk, "Hi")
     turns = talk.turns
-    thinking = talk.reply("Tell me more", 10, WARM, 4)
-    assert [next(thinking) for _ in range(3)] == [""] * 3
-    assert talk.stats.new_tokens == 12 and talk.stats.candidates == 4
-    thinking.close()
-    assert talk.turns is turns
+    branch, calls = talk.model.engine.branch, []
+
+    def interrupted(*arguments):
+        calls.append(branch(*arguments))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(talk.model.engine, "branch", interrupted)
+        best(talk, "Tell me more", 4)
+    assert talk.turns is turns and talk.stats == ""
     reference = Conversation(models["int8"], seed=2)
     best(reference, "Hi")
     assert say(talk, "go on") == say(reference, "go on")
@@ -141,7 +153,7 @@ def test_alt_shows_the_candidates_and_takes_another(models, capsys):
             on_text(piece)
 
     settings = {"max_t": 10, "temp": 0.8, "best_of": 1}
-    chat = Chat(in_background(lambda: talk), generate, {}, settings, "on")
+    chat = Chat(in_background(lambda: talk), generate, {}, settings)
     chat.loading.result()
     chat.say("Hi")
     with pytest.raises(UserError, match="/set best_of 8"):

@@ -22,7 +22,7 @@ import main as chat
 from dialogue.errors import UserError, exit_code
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-STATS = {"prompt_tokens", "new_tokens", "first_token_seconds", "tokens_per_second", "precision", "candidates"}
+STATS = r"(\d+) tokens, [\d.]+ s, \d+ tokens/s, (\w+)"
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_pipe_gets_replies_only_and_a_merged_model_costs_no_peft(home):
         "assert exit_code(lambda: main.main(sys.argv[1:])) == 0\n"
         "print(light, sorted({'peft', 'datasets', 'bitsandbytes'} & set(sys.modules)), file=sys.stderr)"
     )
-    flags = ["--max_t", "4", "--temp", "0", "--stats", "json"]
+    flags = ["--max_t", "4", "--temp", "0"]
     done = subprocess.run(
         [sys.executable, "-c", code, str(MAIN.parent), *flags],
         input=b"Hi\n\nAnd <END> \xff\x1b[31myou?\nexit\n",
@@ -67,7 +67,7 @@ def test_a_pipe_gets_replies_only_and_a_merged_model_costs_no_peft(home):
     assert len(out.splitlines()) >= 2
     assert "\x1b" not in out + err
     *stats, modules = err.splitlines()
-    assert [set(json.loads(line)) for line in stats] == [STATS] * 2
+    assert len(stats) == 2 and all(re.fullmatch(STATS, line) for line in stats)
     assert modules == "True []"
 
 
@@ -75,7 +75,7 @@ def test_seed_repeats_a_whole_conversation(home, capsys, monkeypatch):
     said = []
     for seed in ("5", "5", "6"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nAnd you?\n"))
-        code, out, _ = run(capsys, "--seed", seed, "--max_t", "8", "--stats", "off", "--best_of", "1")
+        code, out, _ = run(capsys, "--seed", seed, "--max_t", "8", "--best_of", "1")
         assert code == 0
         said.append(out)
     assert said[0] == said[1] != said[2]
@@ -89,8 +89,8 @@ def test_generate_text_works_alone_and_its_defaults_are_the_chat_s(home, capsys,
     assert list(chat.settings().items())[:4] == [("max_t", 50), ("temp", 0.8), ("top_k", 40), ("top_p", 0.9)]
     # A person edits the defaults: max_t, temp, top_k, top_p.
     monkeypatch.setattr(chat.generate_text, "__defaults__", (6, 0, 40, 0.9))
-    assert run(capsys, "--prompt", "Hello", "--stats", "off") == (0, f"{reply}\n", "")
-    assert len(run(capsys, "--prompt", "Hello", "--stats", "json", "--max_t", "3")[1]) < len(reply)
+    assert run(capsys, "--prompt", "Hello")[:2] == (0, f"{reply}\n")
+    assert len(run(capsys, "--prompt", "Hello", "--max_t", "3")[1]) < len(reply)
 
 
 def test_the_cpu_can_be_asked_for(home, capsys, monkeypatch):
@@ -99,14 +99,9 @@ def test_the_cpu_can_be_asked_for(home, capsys, monkeypatch):
 
     chat._load.cache_clear()
     monkeypatch.setattr(machine, "pick_device", lambda: pytest.fail("a GPU is taken"))
-    code, out, err = run(capsys, "--device", "cpu", "--prompt", "Hi", "--stats", "json", "--max_t", "3")
-    assert code == 0 and out and json.loads(err)["precision"] == "int8"
+    code, out, err = run(capsys, "--device", "cpu", "--prompt", "Hi", "--max_t", "3")
+    assert code == 0 and out and ", int8\n" in err
     assert run(capsys, "--device", "cuda", "--prompt", "Hi")[0] == 2
-
-
-def test_the_help_says_which_precision_is_for_which_device(capsys):
-    code, out, _ = run(capsys, "--help")
-    assert code == 0 and "a CPU takes int8 or float32, a GPU float16, bfloat16 or float32" in " ".join(out.split())
 
 
 def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):
@@ -117,13 +112,13 @@ def test_fitted_settings_come_with_the_model(home, merged, tmp_path, capsys):
     assert chat.fitted(str(folder)) == {}, "a model that was not trained here has no fitted settings"
     (folder / "run.json").write_text("{}")
     assert chat.fitted(str(folder)) == {"temp": 0, "max_t": 3}
-    code, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--stats", "json")
-    assert code == 0 and json.loads(err)["new_tokens"] <= 3
+    code, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi")
+    assert code == 0 and int(err.split()[0]) <= 3
     assert "Settings fitted to it: max_t 3, temp 0" in chat.described(str(folder), chat.fitted(str(folder)))
-    _, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--max_t", "5", "--stats", "json")
-    assert json.loads(err)["new_tokens"] == 5, "a flag comes before what was fitted"
-    _, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--sampler", "defaults", "--stats", "json")
-    assert json.loads(err)["new_tokens"] > 5
+    _, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--max_t", "5")
+    assert int(err.split()[0]) == 5, "a flag comes before what was fitted"
+    _, _, err = run(capsys, "--model", str(folder), "--prompt", "Hi", "--sampler", "defaults")
+    assert int(err.split()[0]) > 5
     (folder / "generation_config.json").write_text("[")
     assert run(capsys, "--model", str(folder), "--sampler", "fitted")[0] == 2
 
@@ -181,9 +176,9 @@ def test_the_unedited_settings_are_those_that_stand_in_the_signature():
         (["--model", "nowhere"], "nowhere cannot be loaded"),
         (["--model", "./nowhere"], r"no model in \./nowhere/: train one first"),
         (["--model", "."], "no model in"),
-        (["--model", ""], "--model is empty"),
-        (["--model", "gpt2-dialogue-full/config.json"], "config.json is a file: --model takes the folder"),
-        (["--prompt", " "], "--prompt is empty"),
+        (["--model", ""], "no model in"),
+        (["--model", "gpt2-dialogue-full/config.json"], "no model in"),
+        (["--prompt", " "], "there is no message to answer"),
         (["--prompt", "long " * 200], "make it shorter"),
     ],
 )
@@ -208,19 +203,10 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
         exit_code(lambda: chat.main([]), debug=True)
 
 
-def test_a_long_saved_conversation_costs_its_newest_turns_only(home):
-    talk = chat.start_conversation("gpt2-dialogue-full")
-    turn, tokenized = talk._turn, []
-    talk._turn = lambda index, text: tokenized.append(index) or turn(index, text)
-    talk.restore([{"role": ("user", "assistant")[i % 2], "content": f"this is turn {i}"} for i in range(4000)])
-    assert talk.turns and talk.forgotten == 4000 - len(talk.turns)
-    assert talk.text(-1) == "this is turn 3999" and len(tokenized) < 100
-
-
 def test_in_a_thread_as_in_a_notebook(home, capsys):
     """Handlers of signals belong to the main thread; without them all else works."""
     done = []
-    flags = ("--prompt", "Hi", "--max_t", "3", "--stats", "off")
+    flags = ("--prompt", "Hi", "--max_t", "3")
     thread = threading.Thread(target=lambda: done.append(exit_code(lambda: chat.main(list(flags)))))
     thread.start()
     thread.join()
@@ -315,17 +301,17 @@ def test_a_conversation_on_a_terminal(home):
     talk.expect("you>")
     talk.sendintr()
     talk.expect("type exit to leave")
-    talk.expect("0/96 .*you>")  # the model came while nobody typed
+    talk.expect("0/96.*you>")  # the model came while nobody typed
 
     talk.type("/undo", "nothing to take back")
     talk.type("/why", "there is no reply yet")
-    talk.type("Hello you", "bot> ", r"\d+ tokens, \d+ tokens/s", r"30 tokens, [\d.]+ s, \d+ tokens/s, \w+", "3[0-9]/96")
+    talk.type("Hello you", "bot> ", r"30 tokens, [\d.]+ s, \d+ tokens/s, \w+", "3[0-9]/96")
     talk.type("/why", "rank", "<END>", "tokens each setting")
     talk.setwinsize(30, 40)
     talk.type("/set temp 0", "temp = 0")
     talk.type("/set max_t 5", "max_t = 5")
     talk.type("/set temp hot", "must be a number")
-    talk.type("/show", r"max_t +5", r"temp +0\.0", r"top_k +40 +default", r"seed +5", r"context +\d+/96")
+    talk.type("/set", r"max_t +5", r"temp +0\.0", r"top_k +40 +default")
     talk.type("/retry", "bot> ", "5 tokens, ")
     talk.type("/save talk.json", "saved to talk.json")
     talk.type("/save no/where", "could not be written")
@@ -334,18 +320,16 @@ def test_a_conversation_on_a_terminal(home):
     talk.type("/load talk.json", "2 turns loaded", "you> Hello you", "bot> ")
     talk.type("/context", "<USER>Hello you<END>", "<BOT>")
     talk.type("/nonsense", "no command /nonsense")
-    talk.type("//slash", "bot> ", "5 tokens, ")
-    talk.type("/context", "<USER>/slash<END>")
     talk.type("/reset", "a new conversation")
     talk.send("\x1b[200~two\nlines\x1b[201~")  # as a terminal sends what is pasted
     talk.type("", "bot> ", "5 tokens, ")
-    talk.type("word " * 150, "the message has at least 150 tokens")
+    talk.type("word " * 150, "the message has 150 tokens")
     talk.type("word " * 80, "bot> ", "2 oldest turns forgotten")
 
     talk.type("/reset", "a new conversation")
     talk.type("/set max_t 85", "max_t = 85")
     talk.type("/set temp 1.5", "temp = 1.5")
-    talk.type("talk on and on", "bot> ", "3 tokens, ")
+    talk.type("talk on and on", "bot> ", r"[^\x1b]{12}")
     talk.sendintr()
     talk.expect(r"\[stopped\]")
     talk.expect("you>")
@@ -364,7 +348,7 @@ def test_a_conversation_on_a_terminal(home):
 
 
 def test_what_people_type(home):
-    """The first line; a message that was typed too early; type-ahead; pastes; the ways to leave."""
+    """The first line; a message that was typed too early; two lines; the ways to leave."""
     (home / "gpt2-dialogue-full/run.json").write_text(
         json.dumps({"facts": {"base model": "gpt2-xl", "date": "2026-11-25"}})
     )
@@ -374,26 +358,19 @@ def test_what_people_type(home):
     talk.type("are you there?", "loading the model")
     talk.sendintr()
     talk.expect("stopped")
-    talk.expect("you> are you there")  # the message is kept
-    talk.type("", "bot> ", "5 tokens, .* s, ", "you>")
-
-    talk.send("one\ntwo\n\nfour\r")  # pasted into a terminal without brackets
+    talk.expect("you>")
+    talk.type("are you there?", "bot> ", "5 tokens, .* s, ", "you>")
+    talk.send("one\x1b\rtwo\r")  # Alt-Enter between them
     talk.expect("5 tokens, .* s, ")
     talk.expect("you>")
-    talk.type('"""')
-    talk.type("/help is no command here")
-    talk.type('"""', "bot> ", "5 tokens, .* s, ", "you>")
     talk.type("/save said.json", "saved to said.json")
     said = [message["content"] for message in json.loads((home / "said.json").read_text())[::2]]
-    assert said == ["are you there?", "one\ntwo\n\nfour", "/help is no command here"]
-    talk.type("/reset", "a new conversation")
-
+    assert said == ["are you there?", "one\ntwo"]
     talk.type("/set max_t 60", "max_t = 60")
-    talk.type("talk on", "bot> ", "2 tokens, ")
+    talk.type("talk on", "bot> ")
     talk.send("typed ahead")
-    talk.expect("60 tokens, ")
+    talk.expect("60 tokens, |you>")
     assert "typed" not in talk.before, "what was typed stands in the reply"
-    talk.expect("you>")
     talk.expect("typed ahead")
     talk.type("", "bot> ")
     talk.type("QUIT", "Bye")
@@ -415,9 +392,9 @@ def test_ctrl_z_suspends_at_the_prompt(home):
 
 
 def test_plain_text_where_colours_are_not_wanted(home):
-    talk = Terminal("--max_t", "5", "--stats", "json", TERM="dumb")
+    talk = Terminal("--max_t", "5", TERM="dumb")
     talk.expect("you> ")
-    talk.type("Hello", "bot> ", r"{.*tokens_per_second.*}", "you> ")
+    talk.type("Hello", "bot> ", "tokens/s", "you> ")
     shown = talk.before + talk.after
     talk.type("exit", "Bye")
     talk.leaves(0)
@@ -491,5 +468,5 @@ def test_the_newest_whole_checkpoint_of_a_training_can_be_talked_to(home, merged
     (checkpoints / "checkpoint-10" / "config.json").unlink()
     assert chat.find_model("gpt2-dialogue-checkpoints") == "gpt2-dialogue-checkpoints/checkpoint-9"
     (checkpoints / "checkpoint-9" / "config.json").unlink()
-    with storage.locked(checkpoints), pytest.raises(UserError, match="is going to write it; wait"):
+    with pytest.raises(UserError, match="to one that is being trained, --model gpt2-dialogue-checkpoints talks"):
         chat.find_model("gpt2-dialogue-checkpoints")

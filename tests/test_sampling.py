@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from dialogue.chat.sampling import Sampling, candidates, draw, explain, penalise
+from dialogue.errors import UserError
 
 # Halves make ties frequent; floats make them rare; minus infinity is what a ban leaves behind.
 values = st.one_of(st.integers(-12, 12).map(lambda n: n / 2), st.floats(-30, 30, width=32), st.just(-math.inf))
@@ -123,7 +124,7 @@ def test_edges():
 @pytest.mark.parametrize("row", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("temp", [0, 1])
 def test_logits_that_are_no_numbers_are_refused(row, temp):
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         candidates(torch.tensor(row), Sampling(temp))
 
 
@@ -133,7 +134,7 @@ def test_logits_that_are_no_numbers_are_refused(row, temp):
      {"min_p": 2}, {"repetition_penalty": 0}],
 )  # fmt: skip
 def test_a_value_out_of_range_is_named(wrong):
-    with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must be [^\n]*$"):
+    with pytest.raises(UserError, match=f"^{next(iter(wrong))} must be [^\n]*$"):
         Sampling(**wrong)
 
 

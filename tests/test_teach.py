@@ -159,6 +159,7 @@ def test_without_adapters_or_lessons_there_is_a_line(tmp_path, home, monkeypatch
 
 def test_settings_that_were_fitted_before_are_optional(tmp_path):
     assert merge.known_sampler(tmp_path / "none") is None
+    (tmp_path / "run.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text("{broken")
     assert merge.known_sampler(tmp_path) is None
     (tmp_path / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.06}')

@@ -7,10 +7,8 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dialogue import machine
-from dialogue.chat.sampling import Sampling, candidates, draw
-from dialogue.prompt import decode_reply, encode_dialogue, find_roles, without_roles
-
-CHAT = Sampling(temp=0.8, top_k=40, top_p=0.9)  # the defaults of `generate_text`
+from dialogue.chat.sampling import CHAT, Sampling, candidates, draw
+from dialogue.prompt import decode_reply, encode_dialogue, find_roles, never_drawn, without_roles
 
 
 class Reply(NamedTuple):
@@ -33,7 +31,7 @@ def answer(
     prompts = [[*_newest(encode_dialogue(tokenizer, turns), room), roles.bot] for turns in contexts]
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     said: dict[int, list[int]] = {}
-    at_once = min(batch_size, _affordable(model, max(map(len, prompts), default=0) + max_t))
+    at_once = batch_size
     model.eval()
     while waiting:
         part = waiting[:at_once]
@@ -54,24 +52,13 @@ def answer(
     return found
 
 
-def _affordable(model: Any, tokens: int) -> int:
-    """Replies at once whose keys and values, of so many tokens each, take half of a GPU's free memory."""
-    if model.device.type != "cuda":
-        return 1 << 30
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = heads * config.hidden_size // config.num_attention_heads
-    one = 2 * config.num_hidden_layers * width * model.dtype.itemsize * tokens
-    return max(1, machine.free_memory(model.device) // 2 // one)
-
-
 def _side_by_side(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: dict[int, list[int]], sampling: Sampling, max_t: int,
     seed: int,
 ) -> dict[int, list[int]]:  # fmt: skip
     """Prompts of ids by index, shortest first -> drawn ids, <END> included. A reply that has ended leaves the batch."""
-    roles, rows = find_roles(tokenizer), model.get_output_embeddings().weight.shape[0]
-    forbidden = sorted({*tokenizer.all_special_ids, *roles, *range(len(tokenizer), rows)} - {roles.end})
+    roles = find_roles(tokenizer)
+    forbidden = never_drawn(tokenizer, model.get_output_embeddings().weight.shape[0])
     chance = {index: torch.Generator().manual_seed(seed * 1_000_003 + index) for index in prompts}
     said: dict[int, list[int]] = {index: [] for index in prompts}
     spoken = {index: without_roles(prompt, roles) for index, prompt in prompts.items()}

@@ -1,26 +1,38 @@
 """What a person can type besides a message. A command that is wrong raises UserError and changes nothing."""
 
-import json
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dialogue import lessons
+from dialogue.chat.history import check_messages, read_messages
 from dialogue.errors import UserError
-from dialogue.json_files import write_private
+from dialogue.json_files import read_json, write_private
 from dialogue.plaintext import plain
+from dialogue.storage import RUN_FILE
 
 if TYPE_CHECKING:
     from dialogue.chat.rerank import Candidate
     from dialogue.chat.session import Chat
 
-LARGEST = 1 << 30  # bytes of a saved conversation
 COMMANDS: dict[str, tuple[str, Callable[["Chat", str], None]]] = {}  # name -> (how to type it, what it does)
 LEAVE = ("exit", "quit", "bye", "/exit", "/quit", "/bye", "/q")
-WHOLE_NUMBERS = ("max_t", "top_k", "best_of", "seed")  # the other settings are any numbers
+WHOLE_NUMBERS = ("max_t", "top_k", "best_of")  # the other settings are any numbers
+# Settings that a run fits, and their names in generation_config.json.
+FITTED = {"max_t": "max_new_tokens", "temp": "temperature", "top_k": "top_k", "top_p": "top_p",
+          "min_p": "min_p", "repetition_penalty": "repetition_penalty"}  # fmt: skip
+
+
+def fitted(folder: str | Path) -> dict[str, Any]:
+    """Settings from the generation_config.json of a model that was trained here, as far as it has them."""
+    if not all(os.path.isfile(Path(folder, file)) for file in (RUN_FILE, "generation_config.json")):
+        return {}
+    values = read_json(Path(folder, "generation_config.json"), {})
+    values |= {"temperature": 0.0} if values.get("do_sample") is False else {}
+    return {name: values[theirs] for name, theirs in FITTED.items() if values.get(theirs) is not None}
 
 
 def command(usage: str) -> Callable:
@@ -33,21 +45,12 @@ def command(usage: str) -> Callable:
     return enter
 
 
-def find(line: str, settings: Collection[str]) -> str | None:
-    """The command that a line is; None for a message. `temp=0.5` stands for `/set temp=0.5`."""
-    name, sign, _ = line.partition("=")
-    if sign and name.strip().lower() in (*settings, "seed"):
-        return f"/set {line}"
-    return line if line.startswith("/") and not line.startswith("//") else None
-
-
 def run(chat: "Chat", line: str) -> None:
     """Carry out a line that starts with "/"."""
     name, *rest = line.split(maxsplit=1)
-    known = "/help" if name == "/?" else name.lower()
-    if known not in COMMANDS:
-        raise UserError(f"there is no command {plain(name)}: /help lists them; // sends a message that starts with /")
-    usage, function = COMMANDS[known]
+    if name.lower() not in COMMANDS:
+        raise UserError(f"there is no command {plain(name)}: /help lists them")
+    usage, function = COMMANDS[name.lower()]
     if bool(rest) != (" " in usage) and (rest or not usage.endswith("]")):
         raise UserError(f"it is typed {usage}")
     function(chat, rest[0].strip() if rest else "")
@@ -57,12 +60,7 @@ def run(chat: "Chat", line: str) -> None:
 def show_help(chat: "Chat", rest: str) -> None:
     """this list"""
     lines = [[usage, str(function.__doc__)] for usage, function in COMMANDS.values()]
-    lines += [
-        ["//TEXT", "a message that starts with /"],
-        ["exit", "leave (so does Ctrl-D); Ctrl-C stops a reply"],
-        ["Alt-Enter", 'a new line in a message; so does Enter between two """'],
-        ["Ctrl-X Ctrl-E", "write the message in $EDITOR"],
-    ]
+    lines += [["exit", "leave (so does Ctrl-D); Ctrl-C stops a reply"], ["Alt-Enter", "a new line in a message"]]
     chat.rows(lines)
 
 
@@ -135,42 +133,26 @@ def undo(chat: "Chat", rest: str) -> None:
     chat.note(f"taken back: {plain(message)}")
 
 
-@command("/set NAME VALUE")
+@command("/set [NAME VALUE]")
 def set_value(chat: "Chat", rest: str) -> None:
-    """change max_t, temp, top_k, top_p, min_p, best_of, repetition_penalty or seed"""
-    name, _, text = re.sub(r"\s*=\s*|\s+", " ", rest).partition(" ")
-    name, settings = name.lower(), chat.settings()
-    if name not in (*settings, "seed"):
-        raise UserError(f"there is no setting {plain(name)}: choose {', '.join(settings)} or seed")
-    if not text:
-        chat.note(f"{name} = {chat.conversation.seed if name == 'seed' else settings[name]}")
+    """change a setting, such as temp; alone: show all of them"""
+    from dialogue.chat.conversation import check  # imports torch; the prompt does not wait for that
+
+    settings = chat.settings()
+    if not rest:
+        chat.rows([[name, str(value), "" if name in chat.chosen else "default"] for name, value in settings.items()])
         return
+    name, _, text = rest.partition(" ")
+    if name not in settings:
+        raise UserError(f"there is no setting {plain(name)}: choose {', '.join(settings)}")
     kind: Any = int if name in WHOLE_NUMBERS else float
     try:
         value = kind(text)
     except ValueError as error:
         raise UserError(f"{name} must be a {'whole ' if kind is int else ''}number, not {plain(text)!r}") from error
-    if name == "seed":
-        chat.conversation.set_seed(value)
-    else:
-        from dialogue.chat.conversation import check  # imports torch; the prompt does not wait for that
-
-        check(**{**settings, name: value})
-        chat.chosen[name] = value
+    check(**{**settings, name: value})
+    chat.chosen[name] = value
     chat.note(f"{name} = {value}")
-
-
-@command("/show")
-def show(chat: "Chat", rest: str) -> None:
-    """the settings"""
-    conversation = chat.conversation
-    lines = [[name, str(value), "" if name in chat.chosen else "default"] for name, value in chat.settings().items()]
-    lines += [
-        ["seed", str(conversation.seed), ""],
-        ["precision", conversation.model.engine.precision, ""],
-        ["context", f"{conversation.used}/{conversation.limit}", "tokens"],
-    ]
-    chat.rows(lines)
 
 
 @command("/context")
@@ -200,7 +182,7 @@ def why(chat: "Chat", rest: str) -> None:
         token = repr(text[before:])[1:-1] or "(part of a character)"
         shares = (f"{share:.1%}" for share in (each.probability, each.tempered, each.drawn))
         lines.append([token, str(each.rank), *shares, *(str(each.removed[name] or "") for name in cuts)])
-    chat.rows(lines, ("token", "rank", "model", "temp", "drawn", *(f"-{name}" for name in cuts)))
+    chat.rows(lines, "token", "rank", "model", "temp", "drawn", *(f"-{name}" for name in cuts))
     chat.note(
         "probability by the model alone, after repetition penalty and temperature, and as drawn; "
         "then how many tokens each setting had removed"
@@ -242,8 +224,6 @@ def save(chat: "Chat", rest: str) -> None:
     """write the conversation as JSON chat messages"""
     path = Path(os.path.expanduser(rest))
     if os.path.exists(path):  # Path.exists raises for a name that is too long
-        from dialogue.chat.messages import check_messages
-
         try:
             check_messages(read_messages(path))
         except UserError as error:
@@ -263,17 +243,3 @@ def load(chat: "Chat", rest: str) -> None:
     chat.note(f"{len(chat.conversation.turns)} turns loaded")
     chat.announce_forgotten()
     chat.show_turns(chat.conversation.messages())
-
-
-def read_messages(path: Path) -> Any:
-    """The JSON in a file. Raises UserError where there is none."""
-    if os.path.exists(path) and not os.path.isfile(path):  # reading /dev/zero never ends
-        raise UserError(f"{plain(str(path))} is a folder or a device: give the name of a file")
-    if os.path.isfile(path) and path.stat().st_size > LARGEST:
-        raise UserError(f"{plain(str(path))} has more than {LARGEST / 1e9:.1f} GB: no conversation is so long")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{plain(str(path))} could not be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{plain(str(path))} is not a saved conversation: {plain(str(error))}") from error

@@ -9,9 +9,8 @@ import torch
 
 from dialogue.chat import drafts, rerank
 from dialogue.chat.engine import Model
-from dialogue.chat.messages import Messages, check_messages, role_of
+from dialogue.chat.history import ROLES, Messages, check_messages
 from dialogue.chat.sampling import Explained, Sampling, explain
-from dialogue.chat.stats import Stats
 from dialogue.errors import UserError
 from dialogue.plaintext import plain, stable
 from dialogue.prompt import decode_reply, decode_text, encode_turn, with_persona, without_roles
@@ -23,10 +22,7 @@ def check(max_t: int, best_of: int = 0, **values: Any) -> Sampling:
         raise UserError(f"max_t must be a whole number above 0, not {max_t}")
     if not isinstance(best_of, int) or not 0 <= best_of <= 64:
         raise UserError(f"best_of must be a whole number from 0 to 64, not {best_of}")
-    try:
-        return Sampling(**values)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    return Sampling(**values)
 
 
 class Conversation:
@@ -39,16 +35,11 @@ class Conversation:
         self.cut: list[list[int]] | None = None  # `turns`, where the last answer ended before its <END>
         self.forgotten = 0  # turns that left the context for the last reply
         self.sampling: Sampling | None = None  # of the last reply
-        self.stats: Stats | None = None  # of the last reply, also while it is being made
-        self._choice: tuple[Any, list[rerank.Candidate], Any] = None, [], None  # turns, candidates, how they were drawn
+        self.stats = ""  # of the last reply: tokens, time and precision in a line
+        self._choice: tuple[Any, list[rerank.Candidate]] = None, []  # turns, and the candidates for the last of them
         self.generator = torch.Generator()
-        self.set_seed(seed)
-
-    def set_seed(self, seed: int | None) -> None:
-        """What is drawn from here on repeats exactly; None takes an unpredictable seed."""
         try:
-            self.seed = self.generator.seed() if seed is None else seed
-            self.generator.manual_seed(self.seed)
+            self.generator.seed() if seed is None else self.generator.manual_seed(seed)
         except (RuntimeError, ValueError, OverflowError) as error:
             raise UserError(f"seed must be a whole number of at most 64 bits, not {seed}") from error
 
@@ -61,32 +52,30 @@ class Conversation:
         """Say `message`, and yield the answer piece by piece; whole characters, no control sequences.
 
         With `best_of` above 1 (0: `Model.quick_candidates`) the answer that fits best of so many is given
-        (`dialogue/chat/rerank.py`), after an empty piece with each token. At temperature 0 one is drawn.
-        Stops at <END>, after `max_t` tokens, at the end of the context, or when the caller closes the
-        iterator; what was said until then is kept, and other threads' conversations with this model wait. Raises
+        (`dialogue/chat/rerank.py`), all at once. At temperature 0 one is drawn. Stops at <END>, after `max_t` tokens,
+        at the end of the context, or when the caller closes the iterator; what was said until then is kept. Raises
         UserError for a message that is too long and logits that are no numbers; all is then as it was before.
         """
         turn, spent = self._turn(0, message), len(self._turn(0, with_persona(self.persona, ""))) - 2
         free = self.limit - len(turn) - spent - 2  # <BOT> and <END> of the answer
         if free < 1:
             fit = max(0, self.limit - 5 - spent)
-            raise UserError(f"the message has at least {len(turn) - 2} tokens, {fit} fit: make it shorter")
-        before = self.turns
-        kept = self._newest(free - min(max_t, free // 2))
-        self.turns = [*kept, turn]
-        self.forgotten = len(before) - len(kept)
-        prompt = [*self._read(), self.roles.bot]
+            raise UserError(f"the message has {len(turn) - 2} tokens, {fit} fit: make it shorter")
+        before, kept = self.turns, self._newest(free - min(max_t, free // 2))
         said: list[int] = []
-        most, ranked = min(max_t, self.limit - 1 - len(prompt)), []
+        ranked: list[rerank.Candidate] = []
+        self.stats = ""
         try:
-            count = best_of or self.model.quick_candidates
-            with self.model.alone():
-                if count > 1 and sampling.temp > 0:
-                    ranked = yield from self._best(prompt, message, most, sampling, count)
-                    said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
-                    yield plain(ranked[0].text)
-                else:
-                    yield from self._stream(prompt, said, most, sampling)
+            self.turns = [*kept, turn]
+            self.forgotten = len(before) - len(kept)
+            prompt = [*self._read(), self.roles.bot]
+            most, count = min(max_t, self.limit - 1 - len(prompt)), best_of or self.model.quick_candidates
+            if count > 1 and sampling.temp > 0:
+                ranked = self._best(prompt, message, most, sampling, count)
+                said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
+                yield plain(ranked[0].text)
+            else:
+                yield from self._stream(prompt, said, most, sampling)
         except BaseException:
             if not said:
                 self.turns, self.forgotten = before, 0
@@ -94,7 +83,7 @@ class Conversation:
         finally:
             if self.turns is not before:
                 self._close(said)
-                self._choice = self.turns, ranked, sampling
+                self._choice = self.turns, ranked
                 self.sampling = replace(sampling, temp=ranked[0].temp) if ranked else sampling
 
     def go_on(self, max_t: int, sampling: Sampling) -> Generator[str, None, None]:
@@ -103,14 +92,16 @@ class Conversation:
             raise UserError("the last reply is whole: there is nothing to go on with")
         if (room := self.limit - self.used) < 1:
             raise UserError("the context is full: /reset begins a new conversation")
-        *self.turns, answer = self.turns
-        prompt, said = [*self._read(), self.roles.bot], answer[1:-1]
+        *before, answer = self.turns
+        said, self.stats = answer[1:-1], ""
         try:
-            with self.model.alone():
-                yield from self._stream(prompt, said, min(max_t, room), sampling)
+            self.turns = before
+            prompt = [*self._read(), self.roles.bot]
+            yield from self._stream(prompt, said, min(max_t, room), sampling)
         finally:
+            self.turns = before
             self._close(said)
-            self._choice, self.sampling = (None, [], None), sampling
+            self._choice, self.sampling = (None, []), sampling
 
     def _close(self, said: list[int]) -> None:
         """Add the answer to the turns; without an <END>, which `said` may have, it was cut."""
@@ -120,64 +111,40 @@ class Conversation:
 
     def _stream(self, prompt: list[int], said: list[int], most: int, sampling: Sampling) -> Generator[str, None, None]:
         """Yield text while `said`, with what there is of the reply already, fills with its ids up to <END>."""
-        start = time.perf_counter()
-        first, shown, read_before = 0.0, plain(decode_reply(self.tokenizer, said)).strip(), self.model.tokens_read
-        self.stats, prompt_tokens, before, words = None, 0, len(said), said
-        tokens = self.model.tokens(prompt + said, most, sampling, self.generator)
-        while True:
-            try:
-                token = next(tokens, None)
-            except ValueError as error:
-                raise UserError(str(error)) from error
-            if token is None:
-                break
-            prompt_tokens = prompt_tokens or self.model.tokens_read - read_before
-            now = time.perf_counter()
-            first = first or now
+        start, before, words = time.perf_counter(), len(said), said
+        shown = plain(decode_reply(self.tokenizer, said)).strip()
+        for token in self.model.tokens(prompt + said, most, sampling, self.generator):
             said.append(token)
-            words = said[:-1] if token == self.roles.end else said
-            new = len(words) - before
-            rate = (new - 1) / (now - first) if new > 1 else 0.0
-            self.stats = Stats(prompt_tokens, new, first - start, rate, self.model.engine.precision)
+            words = said[: len(said) - (token == self.roles.end)]
+            self._count(len(words) - before, start)
             if token == self.roles.end:
                 break
             # All of it is decoded each time: a token alone may be half of a character.
-            text = stable(decode_text(self.tokenizer, said)).strip()
+            text = stable(decode_text(self.tokenizer, words)).strip()
             if len(text) > len(shown) and text.startswith(shown):
                 yield text[len(shown) :]
                 shown = text
         if rest := plain(decode_reply(self.tokenizer, words)).strip()[len(shown) :]:
             yield rest
 
+    def _count(self, tokens: int, start: float, drawn: int = 0, of: int = 1) -> None:
+        """Say what a reply of so many tokens cost, the best of `of`, for which `drawn` were drawn."""
+        seconds, best = time.perf_counter() - start, f", the best of {of}" * (of > 1)
+        rate = (drawn or tokens) / seconds
+        self.stats = f"{tokens} tokens{best}, {seconds:.1f} s, {rate:.0f} tokens/s, {self.model.engine.precision}"
+
     def _best(
         self, prompt: list[int], message: str, most: int, sampling: Sampling, count: int
-    ) -> Generator[str, None, list[rerank.Candidate]]:
-        """Candidates for the answer, the best first; yields an empty piece with each token that is drawn."""
-        start, read_before = time.perf_counter(), self.model.tokens_read
+    ) -> list[rerank.Candidate]:
+        """Candidates for the answer, the best first."""
+        start = time.perf_counter()
         temps = [0.0] + [sampling.temp * rerank.COOLER] * (count - 1)
-        samplings, prompt_tokens = [replace(sampling, temp=temp) for temp in temps], 0
-        self.stats = None
-        written: list[drafts.Draft] = []
-        try:
-            for written in drafts.write(self.model, prompt, most, samplings, self.generator):
-                prompt_tokens = prompt_tokens or self.model.tokens_read - read_before
-                drawn, seconds = sum(len(draft.tokens) for draft in written), time.perf_counter() - start
-                self.stats = Stats(prompt_tokens, drawn, seconds, drawn / seconds, self.model.engine.precision, count)
-                yield ""
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        samplings = [replace(sampling, temp=temp) for temp in temps]
+        written = drafts.write(self.model, prompt, most, samplings, self.generator)
         said = [message, *(self.text(turn) for turn in range(1, len(self.turns), 2))]
-        found = [drafts.candidate(self.model, draft, said) for draft in written]
-        sound = [place for place, each in enumerate(found) if not each.fault]
-        replies = [written[place].tokens for place in sound]
         nothing = [*self._turn(0, rerank.NOTHING), self.roles.bot]
-        for place, nats in zip(sound, drafts.log_probabilities(self.model, nothing, replies), strict=True):
-            found[place] = found[place]._replace(alone=nats)
-        ranked = rerank.rank(found)
-        drafts.keep(self.model, prompt, written, found.index(ranked[0]))
-        if self.stats:
-            seconds = time.perf_counter() - start
-            self.stats = self.stats._replace(new_tokens=len(ranked[0].tokens), first_token_seconds=seconds)
+        ranked = drafts.ranked(self.model, prompt, written, said, nothing)
+        self._count(len(ranked[0].tokens), start, sum(len(draft.tokens) for draft in written), count)
         return ranked
 
     @property
@@ -187,14 +154,14 @@ class Conversation:
 
     def take(self, number: int) -> str:
         """Put candidate `number`, from 1, in the place of the last answer; its text. Raises UserError without one."""
-        ranked, sampling = self.candidates, self._choice[2]
+        ranked = self.candidates
         if not 1 <= number <= len(ranked):
             raise UserError(f"the last reply has {len(ranked) or 'no'} candidates" + ", from 1" * bool(ranked))
         chosen = ranked[number - 1]
         self.turns = [*self.turns[:-1], [self.roles.bot, *chosen.tokens, self.roles.end]]
         self.cut = self.turns if chosen.fault == "cut" else None
-        self._choice = self.turns, ranked, sampling
-        self.sampling = replace(sampling, temp=chosen.temp)
+        self._choice = self.turns, ranked
+        self.sampling = replace(self.sampling or Sampling(), temp=chosen.temp)
         return plain(chosen.text)
 
     def _newest(self, room: int) -> list[list[int]]:
@@ -219,11 +186,10 @@ class Conversation:
         ids = ids[: len(ids) - len(answer) + 1]
         spoken = without_roles(ids, self.model.roles)
         explained, sampling = [], self.sampling or sampling
-        with self.model.alone():
-            for token in answer[1:]:
-                explained.append(explain(self.model.logits(ids), token, sampling, spoken, self.model.forbidden))
-                ids.append(token)
-                spoken.append(token)
+        for token in answer[1:]:
+            explained.append(explain(self.model.logits(ids), token, sampling, spoken, self.model.forbidden))
+            ids.append(token)
+            spoken.append(token)
         return explained
 
     def undo(self) -> str | None:
@@ -245,7 +211,7 @@ class Conversation:
     def messages(self) -> Messages:
         """The conversation in the shape of chat messages."""
         texts = [decode_text(self.tokenizer, turn[1:-1]) for turn in self.turns]
-        turns = [{"role": role_of(index), "content": text} for index, text in enumerate(texts)]
+        turns = [{"role": ROLES[index % 2], "content": text} for index, text in enumerate(texts)]
         return [{"role": "system", "content": self.persona}] * bool(self.persona) + turns
 
     def restore(self, messages: Any) -> None:
@@ -254,11 +220,7 @@ class Conversation:
         Raises UserError for any other shape, and changes nothing then.
         """
         self.persona, messages = check_messages(messages)
-        self.turns = []
-        for index in reversed(range(len(messages))):  # the newest first: what cannot be kept need not be tokenized
-            self.turns.insert(0, self._turn(index, messages[index]["content"]))
-            if index % 2 == 0 and self.used > self.limit:
-                break
+        self.turns = [self._turn(index, message["content"]) for index, message in enumerate(messages)]
         kept = self._newest(self.limit)
         self.turns, self.forgotten, self.sampling = kept, len(messages) - len(kept), None
 
@@ -274,7 +236,7 @@ class Conversation:
         return [token for turn in turns for token in turn]
 
     def _turn(self, index: int, text: str) -> list[int]:
-        """A closed turn of ids; of more than fit, more than fit. Half a character that came in becomes a "?"."""
+        """A closed turn of ids. Half a character that came in becomes a "?"."""
         whole = text.encode("utf-8", "replace").decode("utf-8")
         role = self.roles.bot if index % 2 else self.roles.user
-        return encode_turn(self.tokenizer, role, whole, self.roles.end, self.limit)
+        return encode_turn(self.tokenizer, role, whole, self.roles.end)

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.families import FAMILIES, Norm, Product, Weights
-from dialogue.chat.sampling import Sampling, candidates
+from dialogue.chat.sampling import CHAT, Sampling, candidates
+from dialogue.errors import UserError
 
 AHEAD = 4  # steps that are asked for before the first of them has to be there; END makes them useless, at little cost
 TIES = 64  # tokens beside the `top_k` first that may equal the last of these
-USUAL = Sampling(0.8, 40, 0.9)  # the defaults of `main.py`, for which the graph is recorded before they are asked for
 BROKEN = -1  # stands for the token where the logits are not finite
 
 
@@ -42,9 +42,8 @@ class GraphDecoder(Decoder):
             self.seen = torch.zeros(vocabulary, dtype=torch.bool, device=device)
             self.forbidden = torch.zeros(vocabulary, dtype=torch.bool, device=device)
         self.recorded: tuple[Any, torch.cuda.CUDAGraph] | None = None
-        self.side: Any = (
-            torch.cuda.Stream(device) if device.type == "cuda" else None
-        )  # each new one keeps memory for cuBLAS
+        # Each new stream keeps memory for cuBLAS.
+        self.side: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode()
     def stream(
@@ -53,7 +52,7 @@ class GraphDecoder(Decoder):
     ) -> Generator[int, None, None]:  # fmt: skip
         """Up to `most` tokens, the first of them drawn from `logits` (V,); the caller stops where it likes.
 
-        Raises ValueError for logits that are not finite numbers.
+        Raises UserError for logits that are not finite numbers.
         """
         for mask, ids in ((self.seen, seen), (self.forbidden, forbidden)):
             mask.zero_()
@@ -86,7 +85,7 @@ class GraphDecoder(Decoder):
         self.length = start + index
         token = int(arrived[index])
         if token == BROKEN:
-            raise ValueError("the model's logits are not finite numbers: its weights are broken")
+            raise UserError("the model's logits are not finite numbers: its weights are broken")
         return token
 
     def _record(self, sampling: Sampling, width: int) -> Any:
@@ -172,7 +171,7 @@ def difference(engine: GraphDecoder, model: PreTrainedModel) -> str | None:
     most, vocabulary = min(16, engine.cache.shape[3] // 4), len(engine.seen)
     ids: list[int] = []
     read, drawn, generator = {}, [], torch.Generator().manual_seed(0)
-    for sampling in (Sampling(temp=0), USUAL):
+    for sampling in (Sampling(temp=0), CHAT):  # what is recorded for these need not be when they are asked for
         ids += [(7 * at + 11) % vocabulary for at in range(min(4, most))]
         read[len(ids)] = logits = engine.step(ids[engine.length :])
         for token in engine.stream(logits, most, sampling, [], [], generator):

@@ -31,7 +31,7 @@ def float32(weight: Tensor, bias: Tensor | None) -> Product:
 
 
 class Decoder:
-    """An `Engine` (`dialogue/chat/engine.py`) on a CPU, with weights in "float32" or "int8"."""
+    """An engine on a CPU, with weights in "float32" or "int8"."""
 
     compiled: Any = None  # a step of few tokens in int8
     recorded: Any = None  # what knows the cache by its address: a CUDA graph

@@ -1,10 +1,7 @@
 """A dialogue model that can be asked for its next token: loading, and the key-value cache."""
 
 import sys
-import threading
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Generator
 
 import torch
 import transformers
@@ -17,27 +14,11 @@ from dialogue.chat.decoder import Decoder
 from dialogue.chat.families import supported
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.errors import UserError, in_a_line
-from dialogue.prompt import find_roles, without_roles
-
-
-class Engine(Protocol):
-    """One sequence: tokens in, logits out, a cache in between. Anything that has this can be chatted with."""
-
-    length: int  # tokens in the cache
-    precision: str  # of the weights, as a person calls it
-
-    def step(self, ids: list[int]) -> Tensor:
-        """Read one or more new tokens; logits (V,) float32 after the last of them."""
-
-    def truncate(self, length: int) -> None:
-        """Forget what follows the first `length` tokens; more, where the cache cannot be cut there."""
-
-    def reset(self) -> None:
-        """Forget everything."""
+from dialogue.prompt import find_roles, never_drawn, without_roles
 
 
 class TransformersEngine:
-    """An `Engine` over any causal language model of transformers."""
+    """What `Decoder` does for one sequence, with any causal language model of transformers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
@@ -47,6 +28,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def step(self, ids: list[int]) -> Tensor:
+        """Read one or more new tokens; logits (V,) float32 after the last of them."""
         new = torch.tensor([ids], device=self.model.device)
         try:
             output = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
@@ -57,6 +39,7 @@ class TransformersEngine:
         return output.logits[0, -1].float()
 
     def truncate(self, length: int) -> None:
+        """Forget what follows the first `length` tokens; everything, where the cache cannot be cut."""
         if length >= self.length:
             return
         try:
@@ -64,10 +47,17 @@ class TransformersEngine:
             self.length = length
         except (RuntimeError, ValueError):  # a sliding window or a recurrent state cannot be cut
             self.reset()
+        except KeyboardInterrupt:  # some layers are cut, some are not
+            self.reset()
+            raise
 
     def reset(self) -> None:
+        """Forget everything."""
         self.cache = DynamicCache(config=self.model.config)
         self.length = 0
+
+
+Engine = Decoder | TransformersEngine
 
 
 class Model:
@@ -79,8 +69,7 @@ class Model:
         self.roles = find_roles(tokenizer)
         self.forbidden: list[int] = []  # ids that are never to be drawn; known with the first logits
         self.tokens_read = 0  # that ever went through the engine
-        self._read: list[int] = []  # the cache holds the first `engine.length` of these
-        self._busy, self._user = threading.Lock(), 0  # the thread that has the engine now
+        self.held: list[int] = []  # the cache holds the first `engine.length` of these
 
     @property
     def quick_candidates(self) -> int:
@@ -90,47 +79,26 @@ class Model:
             return 1
         return 8 if self.engine.parameters < 1_000_000_000 else 4
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, other threads wait for the engine; this very thread would wait for itself: RuntimeError."""
-        if self._user == threading.get_ident():
-            raise RuntimeError("a reply of this model is not finished: read it to its end, or close it, first")
-        with self._busy:
-            self._user = threading.get_ident()
-            try:
-                yield
-            finally:
-                self._user = 0
-
     def logits(self, ids: list[int]) -> Tensor:
         """Logits (V,) after `ids`; what the cache holds of them already is not read again."""
-        if len(ids) > self.limit:
-            raise AssertionError(f"{len(ids)} tokens for a context of {self.limit}")
+        assert len(ids) <= self.limit, f"{len(ids)} tokens for a context of {self.limit}"
         common = min(self.engine.length, len(ids) - 1)
-        while ids[:common] != self._read[:common]:
+        while ids[:common] != self.held[:common]:
             common -= 1
         self.engine.truncate(common)
         new = ids[self.engine.length :]
-        self._read = list(ids)
+        self.held = list(ids)
         logits = self.engine.step(new)
         self.tokens_read += len(new)
-        if not self.forbidden:
-            # Control tokens other than <END>, and rows of the embedding that no token stands for.
-            unknown = set(range(len(logits))) - set(self.tokenizer.get_vocab().values())
-            control = {*self.tokenizer.all_special_ids, *self.roles} - {self.roles.end}
-            self.forbidden = sorted(unknown | control)
+        self.forbidden = self.forbidden or never_drawn(self.tokenizer, len(logits))
         return logits
-
-    def holds(self, ids: list[int]) -> None:
-        """The engine's cache has come to hold `engine.length` of `ids` without being asked for logits."""
-        self._read = list(ids)
 
     def tokens(
         self, prompt: list[int], most: int, sampling: Sampling, generator: torch.Generator
     ) -> Generator[int, None, None]:
         """Draw up to `most` tokens after `prompt`, without an end at <END>: the caller stops there.
 
-        Raises ValueError for logits that are not finite numbers.
+        Raises UserError for logits that are not finite numbers.
         """
         said: list[int] = []
         spoken = without_roles(prompt, self.roles)
@@ -139,7 +107,7 @@ class Model:
             for token in self.engine.stream(logits, most, sampling, spoken, self.forbidden, generator):
                 self.tokens_read += len(said) > 0
                 said.append(token)
-                self._read.append(token)
+                self.held.append(token)
                 yield token
             return
         while len(said) < most:
@@ -151,9 +119,8 @@ class Model:
 def load(name: str, precision: str = "auto", device: str | None = None) -> Model:
     """A merged model's folder, an adapter's folder (merged on loading), or a name on the hub.
 
-    `precision` is "int8" or a torch dtype's name; "auto" takes the fastest of full quality on `device` (None: the
-    best there is). Raises UserError, one line, for anything that is no dialogue model, and for a precision that is
-    not to be had.
+    `precision` is "int8" or "float32"; "auto" takes the fastest of full quality on `device` (None: the best there is).
+    Raises UserError, one line, for anything that is no dialogue model, and for a precision that is not to be had.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -161,8 +128,7 @@ def load(name: str, precision: str = "auto", device: str | None = None) -> Model
     machine.stay_on(where)
     for note in [] if device else machine.gpu_notes():
         print(note, file=sys.stderr)
-    dtype = None if precision == "auto" or where.type == "cpu" else _dtype(where, precision)
-    model, tokenizer = models.load(name, dtype, where)
+    model, tokenizer = models.load(name, torch.float32 if precision == "float32" else None, where)
     limit = models.context_length(model.config)
     return Model(make(model, precision, limit), tokenizer, limit)
 
@@ -175,11 +141,13 @@ def make(model: PreTrainedModel, precision: str, limit: int) -> Engine:
     `model` itself takes its engine's dtype, but for those on a CPU. Raises UserError as `load` does.
     """
     if model.device.type == "cpu" and supported(model.config):
-        if precision not in ("auto", "int8", "float32"):
-            raise UserError(f"--precision {precision} is for GPUs: take int8, float32 or auto")
         return Decoder(model, "int8" if precision == "auto" else precision, limit)
-    if precision != "auto" or model.device.type != "cuda" or model.dtype != torch.float16:
-        model = model.to(_dtype(model.device, precision))  # type: ignore[arg-type]
+    if precision == "int8":
+        raise UserError("--precision int8 is for GPT-2 and Llama models on a CPU: take auto")
+    if precision == "float32":
+        model = model.float()
+    elif model.device.type != "cuda" or model.dtype != torch.float16:
+        model = model.to(machine.pick_dtype(model.device))  # type: ignore[arg-type]
     if model.device.type == "cuda" and model.dtype != torch.float32 and supported(model.config):
         return proved(model, limit)
     return TransformersEngine(model)
@@ -196,10 +164,3 @@ def proved(model: PreTrainedModel, limit: int) -> Engine:
         problem = in_a_line(error)
     print(f"the fast engine for GPUs does not work here ({problem}): transformers' own is used", file=sys.stderr)
     return TransformersEngine(model)
-
-
-def _dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Of the weights in transformers' own code, which has no int8 that is worth its time."""
-    if precision == "int8":
-        raise UserError("--precision int8 is for GPT-2 and Llama models on a CPU: take auto")
-    return machine.pick_dtype(device) if precision == "auto" else getattr(torch, precision)

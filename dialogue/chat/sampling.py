@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dialogue.errors import UserError
+
 RANGES = {
     "temp": (0, 100),
     "top_k": (0, 10**9),
@@ -25,7 +27,7 @@ RANGES = {
 class Sampling:
     """How a token is drawn; as it stands here, from the model's own distribution.
 
-    Raises ValueError, one line, for a value out of range.
+    Raises UserError for a value out of range.
     """
 
     temp: float = 1.0  # divides the logits; 0: always the most probable token
@@ -38,11 +40,14 @@ class Sampling:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{name} must be a number between {low} and {high}, not {value}")
+                raise UserError(f"{name} must be a number between {low} and {high}, not {value}")
         if self.top_k != int(self.top_k):
-            raise ValueError(f"top_k must be a whole number, not {self.top_k}")
+            raise UserError(f"top_k must be a whole number, not {self.top_k}")
         if 0 < self.temp < 0.001:  # logits / temp would leave the range of float32
-            raise ValueError(f"temp must be 0, or at least 0.001, not {self.temp}")
+            raise UserError(f"temp must be 0, or at least 0.001, not {self.temp}")
+
+
+CHAT = Sampling(temp=0.8, top_k=40, top_p=0.9)  # the defaults of `generate_text`
 
 
 class Candidates(NamedTuple):
@@ -75,20 +80,20 @@ def candidates(
     share of the probability, at least one token; of equal ones, those with the higher ids stay (Holtzman et
     al. 2020, "The Curious Case of Neural Text Degeneration"). Min-p is relative to the best token (Nguyen
     et al. 2024, "Turning Up the Heat").
-    Raises ValueError for logits that are not numbers.
+    Raises UserError for logits that are not numbers.
     """
     logits = penalise(logits.float(), seen, sampling.repetition_penalty)
+    logits = logits.index_fill(0, torch.tensor(forbidden, dtype=torch.long, device=logits.device), -torch.inf)
+    if not logits.max().isfinite():  # NaN where any is NaN
+        raise UserError("the model's logits are not finite numbers: its weights are broken")
     k = int(sampling.top_k) if sampling.temp else 1
-    ids, kept = _contenders(logits, k or len(logits), forbidden)
-    best = kept.max()  # NaN where any is NaN
-    if not best.isfinite():
-        raise ValueError("the model's logits are not finite numbers: its weights are broken")
+    ids, kept = torch.arange(len(logits), device=logits.device), logits
+    if 0 < k < len(logits):
+        ids = (logits >= logits.topk(k).values[-1]).nonzero()[:, 0]
+        kept = logits[ids]
     if sampling.temp == 0:
-        return Candidates(ids[kept == best][:1], torch.ones(1, device=logits.device))
+        return Candidates(ids[:1], torch.ones(1, device=logits.device))
     kept = kept / sampling.temp
-    if 0 < k < len(kept):
-        keep = kept >= kept.topk(k).values[-1]
-        ids, kept = ids[keep], kept[keep]
     if sampling.top_p < 1:
         # Ascending, so that what is dropped is a prefix: the sum up to a token, itself included, is at most
         # 1 - top_p. [0.1, 0.2, 0.7] with 0.8: sums [0.1, 0.3, 1.0], and the first is dropped.
@@ -101,24 +106,6 @@ def candidates(
         likely = probabilities >= probabilities.max() * sampling.min_p
         ids, probabilities = ids[likely], kept[likely].softmax(0)
     return Candidates(ids, probabilities)
-
-
-def _contenders(logits: Tensor, k: int, forbidden: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(V,) -> ids, ascending, and logits of the k most probable tokens, of what equals the last of them,
-    and of some more; of all tokens where that is simpler.
-
-    `topk` is then the only step that goes over the vocabulary. Each further one would be split among
-    threads, and where other programs keep the cores busy, waits for milliseconds until all have had a turn.
-    """
-    banned = torch.tensor(forbidden, dtype=torch.long, device=logits.device)
-    if (count := k + len(forbidden) + 8) < len(logits):
-        values, ids = logits.topk(count)  # NaN comes first
-        allowed = ~torch.isin(ids, banned)
-        values, ids = values[allowed], ids[allowed]
-        if values[-1] < values[k - 1]:
-            ids, order = ids.sort()
-            return ids, values[order]
-    return torch.arange(len(logits), device=logits.device), logits.index_fill(0, banned, -torch.inf)
 
 
 def draw(choice: Candidates, generator: torch.Generator | None = None) -> int:

@@ -43,7 +43,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, dialogues: list[list[str]], max_l
     for dialogue in dialogues:
         turns = [
             UnlearnedIds(ids) if isinstance(text, Unlearned) else ids
-            for text, ids in zip(dialogue, encode_dialogue(tokenizer, dialogue, max_length), strict=True)
+            for text, ids in zip(dialogue, encode_dialogue(tokenizer, dialogue), strict=True)
         ]
         parts = cut_dialogue(turns, max_length)
         cut += len(parts) > 1

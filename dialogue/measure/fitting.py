@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dialogue.chat.batch import CHAT, Reply, answer
-from dialogue.chat.sampling import Sampling
+from dialogue.chat.batch import Reply, answer
+from dialogue.chat.sampling import CHAT, Sampling
 from dialogue.data.corpus import Dialogues
 from dialogue.measure.listening import mutual_information
 from dialogue.measure.replies import find_contexts, measure

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dialogue import machine, storage
+from dialogue.chat.commands import fitted
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import make
 from dialogue.chat.sampling import Sampling
@@ -205,10 +206,7 @@ def known_sampler(folder: Path) -> Sampling | None:
 
 def read_sampler(folder: Path) -> Sampling:
     """The settings that `write_sampler` wrote. Raises UserError where there are none."""
-    try:
-        config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-        if config.do_sample is False:
-            return Sampling(0.0, repetition_penalty=config.repetition_penalty)
-        return Sampling(config.temperature, config.top_k, config.top_p, 0.0, config.repetition_penalty)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no fitted sampler in its generation_config.json") from error
+    settings = {name: value for name, value in fitted(folder).items() if name != "max_t"}
+    if not settings:
+        raise UserError(f"{folder} has no fitted sampler in its generation_config.json")
+    return Sampling(**settings)
