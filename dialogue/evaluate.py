@@ -1,6 +1,7 @@
 """How good is the bot? The tuned model and its untuned base, side by side.
 
-    python -m dialogue.evaluate                              the model that was trained last, on its own test split
+    python -m dialogue.evaluate                              the model that was trained last, on its own test split;
+                                                             the figures also go into its model cards
     python -m dialogue.evaluate --model DIR --dataset dailydialog --json figures.json
     python -m dialogue.evaluate --compare                    both answer the same openers
 
@@ -9,6 +10,7 @@ What each figure means stands in docs/evaluation.md.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,17 +30,16 @@ from dialogue.data import packing
 from dialogue.data.corpus import Dialogues, fold, own_openers, rough, without_leaks, without_overlap
 from dialogue.data.exports import SILENCE
 from dialogue.data.sources import KNOWN, load_corpus
-from dialogue.errors import Parser, UserError, exit_code
+from dialogue.errors import Parser, UserError, exit_code, in_a_line
 from dialogue.measure import listening, merge
 from dialogue.measure.likelihood import Estimate, Score, bootstrap, score_each
 from dialogue.measure.listening import Lent
 from dialogue.measure.replies import OPENERS, find_contexts, measure
+from dialogue.measure.report import Results, as_numbers, in_words, keep_evaluation
 from dialogue.plaintext import plain
-from dialogue.storage import RUN_FILE, read_json, write_json
+from dialogue.storage import MANIFEST, RUN_FILE, locked, read_json, write_json
 
 MAX_LENGTH = 1024  # tokens; longer dialogues are cut between turns
-
-Results = dict[str, dict[str, dict[str, Estimate]]]  # who -> what on -> figures
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -66,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     console = Console()
     run = read_json(Path(flags.model) / RUN_FILE).get("settings")  # of the run that wrote the folder
     run = run if isinstance(run, dict) else {}
+    own_data = bool(run) and not (flags.base or flags.dataset or flags.bot or flags.max_dialogues)
     flags.base = flags.base or run.get("base_model")
     tokenizer = models.dialogue_tokenizer(flags.model)
     loaders = _loaders(flags.model, flags.base, tokenizer, flags.max_t)
@@ -87,14 +89,29 @@ def main(argv: list[str] | None = None) -> None:
     results = figures(loaders, tokenizer, split, apart, known, flags)
     few = rough(min(len(apart or split), flags.contexts))
     how = f"sampler: {flags.sampler}; seed {flags.seed}; 95 % intervals{few}"
-    show(console, results, f"{talk.source}, {flags.split} split; {how}")
+    about = f"{talk.source}, {flags.split} split; {how}"
+    show(console, results, about)
+    if own_data:
+        keep(Path(flags.model), run, about, results)
     if flags.json:
-        named = {who: {on: {n: e._asdict() for n, e in f.items()} for on, f in r.items()} for who, r in results.items()}
         facts = {name: str(value) for name, value in vars(flags).items() if name not in ("json", "debug")}
         try:
-            write_json(flags.json, {"settings": {**facts, "dataset": dataset}, **named})
+            write_json(flags.json, {"settings": {**facts, "dataset": dataset}, **as_numbers(results)})
         except OSError as error:
             raise UserError(f"{flags.json} could not be written: {error.strerror}") from error
+
+
+def keep(model: Path, settings: dict[str, Any], about: str, results: Results) -> None:
+    """Put the figures into the model cards of both folders of the run that wrote `model`, where it lies among them."""
+    beside, run = Path(os.path.realpath(model)).parent, read_json(model / RUN_FILE)
+    names = (str(settings.get(name)) for name in ("adapter_dir", "merged_dir"))
+    for folder in {model.resolve(), *(beside / Path(name).name for name in names)}:
+        if read_json(folder / RUN_FILE) == run and (folder / MANIFEST).is_file():
+            try:
+                with locked(folder):
+                    keep_evaluation(folder, about, results)
+            except (OSError, UserError) as error:
+                print(f"the model card in {folder} stays without these figures: {in_a_line(error)}", file=sys.stderr)
 
 
 def figures(
@@ -157,16 +174,8 @@ def show(console: Console, results: Results, title: str) -> None:
         table.add_row(f"[bold]{on}[/]")
         for name in figures:
             cells = [results[who].get(on, {}).get(name) for who in results]
-            table.add_row(f"  {name.replace('_', ' ')}", *(_cell(name, cell) if cell else "" for cell in cells))
+            table.add_row(f"  {name.replace('_', ' ')}", *(in_words(name, cell) if cell else "" for cell in cells))
     console.print(table)
-
-
-def _cell(name: str, estimate: Estimate) -> str:
-    if name.startswith("share"):
-        return f"{estimate.value:.1%} [dim]({estimate.low:.0%}-{estimate.high:.0%})[/]"
-    digits = 1 if abs(estimate.value) >= 10 else 2
-    value, low, high = (f"{figure:,.{digits}f}" for figure in estimate)
-    return f"{value} [dim]({low}-{high})[/]"
 
 
 def _from_one(text: str) -> int:

@@ -131,6 +131,20 @@ def seal(folder: Path) -> None:
         _sync(path)
 
 
+def replace_files(folder: Path, texts: dict[str, str]) -> None:
+    """Give small files of a sealed folder another text. Meanwhile the manifest does not name them: after a stop at any
+    moment the folder is whole. Raises OSError."""
+    files = read_json(folder / MANIFEST, {str: {"size": int, "sha256": str}})
+    said = {name: text.encode() for name, text in texts.items()}
+    new = {name: {"size": len(of), "sha256": hashlib.sha256(of).hexdigest()} for name, of in said.items()}
+    written = {MANIFEST: as_json({name: of for name, of in files.items() if name not in texts}).encode(), **said}
+    for name, content in [*written.items(), (MANIFEST, as_json(files | new).encode())]:
+        beside = folder.with_name(f".{folder.name}.{name}")
+        beside.write_bytes(content)
+        _sync(beside)
+        beside.replace(folder / name)
+
+
 def damage(folder: Path, hash_below: float = math.inf) -> str | None:
     """What differs from the manifest, in words; None where nothing does, or where there is no manifest. Sizes are
     always compared, hashes for files of fewer than `hash_below` bytes."""

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 import Fine_tuningmodel as script
-from dialogue import evaluate
+from dialogue import evaluate, storage
 from dialogue.chat.batch import Reply, answer
 from dialogue.chat.sampling import Sampling
 from dialogue.data import packing
@@ -463,6 +464,49 @@ def test_the_command_prints_a_table_and_writes_json(tuned, data, tmp_path, capsy
     assert one != found["base"]["all 7 dialogues"]["perplexity"]
     assert found["people"]["replies to 4 contexts"]["share_that_ends"]["value"] == 1
     assert "share_found_after_other_contexts" in found["tuned"]["replies to 4 contexts"]
+
+
+def test_figures_of_a_run_s_own_data_stand_in_both_model_cards(tuned, data, tmp_path, capsys, random_gpt2):
+    names = {"adapter_dir": "lora", "merged_dir": "full"}
+    run = {"settings": {"base_model": str(random_gpt2), "dataset": str(data), **names}}
+    for name in names.values():
+        with storage.whole_folder(tmp_path / name) as folder:
+            shutil.copytree(tuned, folder, dirs_exist_ok=True)
+            storage.write_json(folder / storage.RUN_FILE, run)
+            (folder / "README.md").write_text("# A model\n\n## How it reads\n\nSo.\n")
+    storage.replace_files(tmp_path / "lora", {"metrics.json": '{"eval_perplexity": 7.0}'})
+    for contexts in ("4", "5"):
+        evaluate.main(["--model", str(tmp_path / "full"), "--contexts", contexts, "--max_t", "6"])
+    for name in names.values():
+        card = (tmp_path / name / "README.md").read_text()
+        assert card.count("## Evaluation") == card.count("## How it reads") == 1
+        assert card.startswith("# A model") and card.endswith("So.\n") and "replies to 5 contexts" in card
+        assert "| share of true replies found |" in card and "replies to 4 contexts" not in card
+        assert storage.damage(tmp_path / name) is None
+    metrics = json.loads((tmp_path / "lora" / "metrics.json").read_text())
+    assert metrics["eval_perplexity"] == 7.0
+    assert {"base", "tuned", "people"} == metrics["evaluation"].keys()
+    assert not (tmp_path / "full" / "metrics.json").exists()
+    with storage.locked(tmp_path / "lora"):
+        evaluate.main(["--model", str(tmp_path / "full"), "--contexts", "4", "--max_t", "6"])
+    assert "lora stays without these figures" in capsys.readouterr().err
+
+
+def test_a_folder_whose_files_are_replaced_is_whole_at_any_moment(tmp_path, monkeypatch):
+    with storage.whole_folder(tmp_path / "model") as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text("old")
+    moments, real = [], Path.replace
+
+    def replace(self, target):
+        real(self, target)
+        moments.append(storage.damage(tmp_path / "model"))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    storage.replace_files(tmp_path / "model", {"a": "new", "c": "more"})
+    assert moments == [None] * 4
+    assert [(tmp_path / "model" / name).read_text() for name in "abc"] == ["new", "old", "more"]
+    assert {"a", "b", "c"} <= storage.read_json(tmp_path / "model" / storage.MANIFEST).keys()
 
 
 def test_compare_shows_both_models_and_the_same_model_twice_is_refused(tuned, capsys):

@@ -8,9 +8,11 @@ from huggingface_hub import ModelCardData
 
 from dialogue.data.corpus import Dialogues, rough
 from dialogue.data.sources import DAILYDIALOG_LICENCE
+from dialogue.json_files import as_json, read_json, write_json
 from dialogue.measure.fitting import Fitted
+from dialogue.measure.likelihood import Estimate
 from dialogue.models import STARTER, STARTER_ON_HUB
-from dialogue.storage import RUN_FILE, write_json
+from dialogue.storage import RUN_FILE, replace_files
 
 UNKNOWN = "unknown: yours to find out"  # the licence of own data
 FIGURES = {
@@ -19,6 +21,7 @@ FIGURES = {
     "perplexity per word": "word_perplexity",
     "bits per character": "bits_per_character",
 }
+Results = dict[str, dict[str, dict[str, Estimate]]]  # who -> what on -> figures
 # Shape of metrics.json, as far as it is read back.
 METRICS = {f"{of}_{name}": int | float for of in ("eval", "base_eval") for name in FIGURES.values()}
 
@@ -134,6 +137,39 @@ def _sampler(fitted: Fitted) -> str:
 {markdown_table(["replies", *fitted.figures], rows)}
 
 """
+
+
+def keep_evaluation(folder: Path, about: str, results: Results) -> None:
+    """Put figures of `dialogue.evaluate` into the model card of `folder`, and into its metrics.json where it has one,
+    in place of those from before. Raises OSError."""
+    rows = []
+    for on, figures in results["tuned"].items():
+        rows.append([f"**{on}**", *("" for _ in results)])
+        for name in figures:
+            cells = (of.get(on, {}).get(name) for of in results.values())
+            rows.append([name.replace("_", " "), *(in_words(name, cell) if cell else "" for cell in cells)])
+    table = markdown_table(["", *results], rows)
+    card, metrics = (folder / "README.md").read_text(encoding="utf-8"), read_json(folder / "metrics.json")
+    before, heading, after = card.partition("## How it reads")
+    before = before.partition("## Evaluation")[0]
+    texts = {"README.md": f"{before}## Evaluation\n\n{about}\n\n{table}\n\n{heading}{after}"}
+    if metrics:
+        texts["metrics.json"] = as_json(metrics | {"evaluation": as_numbers(results)})
+    replace_files(folder, texts)
+
+
+def as_numbers(results: Results) -> dict[str, Any]:
+    """The same, as JSON has it."""
+    return {who: {on: {n: e._asdict() for n, e in f.items()} for on, f in r.items()} for who, r in results.items()}
+
+
+def in_words(name: str, estimate: Estimate) -> str:
+    """ "82.3% (75%-89%)": a figure with its 95 % interval."""
+    if name.startswith("share"):
+        return f"{estimate.value:.1%} ({estimate.low:.0%}-{estimate.high:.0%})"
+    digits = 1 if abs(estimate.value) >= 10 else 2
+    value, low, high = (f"{figure:,.{digits}f}" for figure in estimate)
+    return f"{value} ({low}-{high})"
 
 
 def markdown_table(head: list[str], rows: Iterable[Iterable[Any]]) -> str:
