@@ -38,7 +38,8 @@ RANGES = (
 
 # What --teach changes: steps enough for a few lessons, each with a row of them (`teach.mix`), and one evaluation.
 TEACHING: dict[str, Any] = {
-    "num_train_epochs": 1, "max_steps": -1, "learning_rate": 1e-3, "train_sampling_strategy": "sequential",
+    "num_train_epochs": 1, "max_steps": -1, "learning_rate": 1.1e-3, "lr_scheduler_type": "warmup_stable_decay",
+    "train_sampling_strategy": "sequential",
     "per_device_train_batch_size": TAUGHT + REPLAY, "gradient_accumulation_steps": 1, "eval_strategy": "no",
     "save_steps": 0.5,
 }  # fmt: skip

@@ -18,6 +18,7 @@ from dialogue.train.memory import Fit
 from dialogue.train.options import Run, override
 from dialogue.train.rows import Rows
 
+DECAY = 0.6  # of all steps, where the learning rate is constant first
 ALIKE = 0.02  # relative error of hidden states in 16 bits; of packed dialogues that see each other it is 0.3 and more
 
 
@@ -172,6 +173,9 @@ def foresee(rehearsal: Rehearsal, rows: Rows, run: Run, fit: Fit, packed: bool =
         reserve = evaluation_seconds(rehearsal, rows.held_out, arguments)
         arguments = override(arguments, {"max_steps": max(1, int((budget - reserve) / per_step))})
     steps = count_steps(len(rows.train), arguments)
+    if arguments.lr_scheduler_type == "warmup_stable_decay" and not arguments.lr_scheduler_kwargs:
+        decay = {"num_decay_steps": math.ceil(DECAY * steps), "decay_type": "linear"}
+        arguments = override(arguments, {"lr_scheduler_kwargs": decay})
     evaluations = 1 if budget else 1 + count_evaluations(steps, len(rows.train), arguments)
     # Two models on the 100 dialogues of the certificate; 340 short replies for the sampler, their likelihoods, the
     # card's conversations, and saving. Fitted to a run of the starter (benchmarks/first_minute.py).

@@ -48,7 +48,8 @@ def prepare(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, run: Run) -> Row
     if not train or not validation:
         raise UserError(f"no dialogue of {run.dataset} fits into {length} tokens: raise --max_length")
     bot = find_roles(tokenizer).bot
-    packed, lessons = packing.pack(train, tokenizer, length, run.learn), teach.read_lessons() if run.teach else ()
+    lessons = teach.read_lessons() if run.teach else ()
+    packed = packing.pack(train, tokenizer, length, "bot" if lessons else run.learn)
     if lessons:
         packed = teach.mix(lessons, packed, tokenizer, length, run.arguments.seed)
     return Rows(

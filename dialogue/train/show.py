@@ -22,7 +22,7 @@ from dialogue.measure.replies import converse
 from dialogue.plaintext import plain
 from dialogue.prompt import decode_text
 from dialogue.storage import read_json
-from dialogue.train import lora
+from dialogue.train import lora, teach
 from dialogue.train.memory import Load, count_weights, estimate, estimate_certificate
 from dialogue.train.options import Run, override
 from dialogue.train.plan import Plan, count_steps
@@ -145,8 +145,9 @@ def write_adapters(
 ) -> None:  # fmt: skip
     """The adapters in `folder`, with metrics, curves and a model card that has conversations before and after."""
     seed, count = run.arguments.seed, len(plan.rows.validation)
+    known = teach.untuned(run.adapters, written["run"]) if run.teach else None
     with model.disable_adapter():
-        before: Dialogues = converse(model, tokenizer, seed, plan.rows.openers)
+        before: Dialogues = known.talks if known else converse(model, tokenizer, seed, plan.rows.openers)
     settings = {name: getattr(run, name) for name in CHOSEN}
     settings |= {"load_in_8bit": plan.fit.in_8bit, "r": run.lora.r, "lora_alpha": run.lora.lora_alpha}
     settings |= {name: getattr(plan.arguments, name) for name in TRAINING_SETTINGS}
@@ -177,7 +178,7 @@ def write_adapters(
         "best_step": trained.best_step,
         "peak_memory_bytes": peak,
         **{f"eval_{name}": value for name, value in trained.score.figures().items()},
-        **{f"base_eval_{name}": value for name, value in trained.untuned.figures().items()},
+        **{f"base_eval_{name}": value for name, value in trained.untuned.items()},
         "seed": seed,
     }
     lora.save(model, tokenizer, folder)

@@ -1,6 +1,6 @@
 """Teach: go on from whole adapters with a few lessons, beside dialogues of the run's own data.
 
-A lesson alone is learned in a minute, and all else is forgotten. So each step reads two rows of lessons and five of
+A lesson alone is learned in a minute, and all else is forgotten. So each step reads two rows of lessons and four of
 the data that the adapters were trained on (replay; Robins 1995, "Catastrophic forgetting, rehearsal and
 pseudorehearsal"). Of the latter nothing is learned: their loss is how far the model has gone from what it said there
 before the lessons (Li and Hoiem 2016, "Learning without Forgetting"). What else was tried stands in docs/measured.md.
@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +25,22 @@ from dialogue.data import packing, sources
 from dialogue.errors import UserError
 from dialogue.lessons import LESSONS
 from dialogue.measure.loss import Head, hidden_states, summed_cross_entropy, summed_divergence
+from dialogue.measure.report import METRICS
 
-PASSES = 120  # times that each lesson is read
+PASSES = 96  # times that each lesson is read
 TAUGHT, REPLAY = 2, 4  # rows of lessons, and of the run's own data, in each step
-KEPT = 120  # rows of the run's own data that these are
+KEPT = 240  # rows of the run's own data that these are, at most
+VALIDATED = (
+    "base_model",
+    "dataset",
+    "max_train_dialogues",
+    "max_length",
+    "bot",
+    "silence",
+)  # decide the validation rows
 AT_ONCE = 8  # rows, when it is found out what is said before
 DROPPED = 0.3  # of the words of a message, in every second pass
-PULL = 3.0  # towards what the model said before, times the lessons' loss
+PULL = 6.0  # towards what the bot said before, times the lessons' loss
 
 
 def read_lessons() -> list[list[str]]:
@@ -112,6 +122,24 @@ def start_of(adapters: Path, data: str) -> str:
         return run["start"]
     files = storage.read_json(adapters / storage.MANIFEST, {str: {"sha256": str}})
     return files["adapter_model.safetensors"]["sha256"][:16]
+
+
+class Untuned(NamedTuple):
+    """What the report of earlier adapters says of the base without them."""
+
+    figures: dict[str, float]  # as `Score.figures`
+    talks: list[list[str]]  # of the model card
+
+
+def untuned(adapters: Path, run: dict[str, Any]) -> Untuned | None:
+    """Of `adapters` whose run read the same validation data as `run` (`runs.describe`); None for others."""
+    report = storage.read_json(adapters / storage.RUN_FILE)
+    before, keys = report.get("run", {}), ("base_model", "validation data")
+    if run.get("budget") or before.get("budget") or any(before.get(key) != run[key] for key in keys):
+        return None
+    metrics = storage.read_json(adapters / "metrics.json", METRICS)
+    figures = {name.removeprefix("base_eval_"): of for name, of in metrics.items() if name.startswith("base_eval_")}
+    return Untuned(figures, report["conversations"]["before"])
 
 
 def ask(model: PeftModel, tokenizer: PreTrainedTokenizerBase, lessons: Sequence[list[str]]) -> list[str]:

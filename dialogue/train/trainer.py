@@ -28,7 +28,7 @@ from dialogue.measure.likelihood import Score
 from dialogue.measure.loss import head_of, summed_nats
 from dialogue.train import lora, runs, teach
 from dialogue.train.options import Run, override
-from dialogue.train.plan import Plan, count_evaluations
+from dialogue.train.plan import Plan, count_evaluations, evaluation_seconds
 from dialogue.train.progress import Progressed
 from dialogue.train.runs import STATE, STATE_SHAPE
 
@@ -220,7 +220,7 @@ class Trained(NamedTuple):
     tokens_per_second: float
     history: list[dict[str, float]]  # Trainer's log
     score: Score  # of the best step, on the validation split
-    untuned: Score  # of the model without its adapters
+    untuned: dict[str, float]  # figures of the model without its adapters
 
 
 def train(
@@ -231,13 +231,16 @@ def train(
     in each checkpoint as its run.json; with `checkpoint` the training goes on from there. Raises Stopped after a
     signal, with everything saved, and UserError where a checkpoint cannot be written."""
     model.config.use_cache = False  # a cache would also switch the packed rows' mask off
+    known = teach.untuned(run.adapters, record["run"]) if run.teach else None
     began = time.perf_counter()
     with model.disable_adapter():
-        untuned = plan.rows.held_out.score_in_shares(model, plan.arguments)
+        untuned = known.figures if known else plan.rows.held_out.score_in_shares(model, plan.arguments).figures()
+    seconds = evaluation_seconds(plan.rehearsal, plan.rows.held_out, plan.arguments)
     progress = Progressed(
         count_tokens(plan.rows.train) / len(plan.rows.train) * plan.rows_a_step,
-        count_evaluations(plan.steps, len(plan.rows.train), plan.arguments), time.perf_counter() - began,
-    )  # fmt: skip
+        count_evaluations(plan.steps, len(plan.rows.train), plan.arguments),
+        seconds if known else time.perf_counter() - began,
+    )
     trainer = DialogueTrainer(model, tokenizer, plan, run, record, progress)
     keeper = Keeper(trainer, run.checkpoints, run.arguments.save_total_limit or 2, run.budget)
     for callback in (*callbacks, keeper):
