@@ -1,6 +1,6 @@
 """What ten lessons bring and cost: `--teach` with rows of the run's own data beside the lessons, and without.
 
-    python benchmarks/lessons.py FOLDER      FOLDER has the `gpt2-dialogue-lora` of a run; it is not changed
+    python benchmarks/lessons.py FOLDER      FOLDER has the two folders of a run; they are not changed
 
 Asked at temperature 0, of the adapters: the lessons' own questions, and two others for each that nobody taught. A
 question counts where one of these two gets the very words of the lesson. Without own data the merge may be refused: a
@@ -62,7 +62,8 @@ def child(replay: int, flags: list[str]) -> None:
 def taught(adapters: Path, replay: int, flags: list[str]) -> list[str]:
     """A line of the table."""
     with tempfile.TemporaryDirectory() as made:
-        shutil.copytree(adapters, Path(made, adapters.name))
+        for folder in (adapters, adapters.with_name("gpt2-dialogue-full")):  # whose fitted sampler is looked at again
+            shutil.copytree(folder, Path(made, folder.name))
         before = json.loads(Path(made, adapters.name, "metrics.json").read_text())["eval_perplexity"]
         code = f"import lessons; lessons.child({replay}, {flags!r})"
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])}
