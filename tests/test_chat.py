@@ -426,16 +426,17 @@ def test_what_people_type(home):
     talk.expect("stopped")
     talk.expect("you>")
     talk.send("half")
-    talk.send("\x18\x05")  # Ctrl-X Ctrl-E
+    talk.send("\x18\x05")  # Ctrl-X Ctrl-E; what the editor leaves is sent
     talk.expect("half, the rest")
-    talk.send("\x15")  # clears the line
+    talk.expect("5 tokens, .* s, ")
+    talk.expect("you>")
     talk.type("are you there?", "bot> ", "5 tokens, .* s, ", "you>")
     talk.send("one\x1b\rtwo\r")  # Alt-Enter between them
     talk.expect("5 tokens, .* s, ")
     talk.expect("you>")
     talk.type("/save said.json", "saved to said.json")
     said = [message["content"] for message in json.loads((home / "said.json").read_text())[::2]]
-    assert said == ["are you there?", "one\ntwo"]
+    assert said == ["half, the rest", "are you there?", "one\ntwo"]
     talk.type("/set max_t 60", "max_t = 60")
     talk.type("talk on", "bot> ")
     talk.send("typed ahead")
