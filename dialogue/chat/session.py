@@ -42,8 +42,8 @@ class Chat:
     def conversation(self) -> "Conversation":
         """Waits for the model where it is not there yet. Raises what went wrong with it."""
         if not self.loading.done():
-            self.note("loading the model ...")
             self.patience = 1
+            self.note("loading the model ...")
         return self.loading.result()
 
     def settings(self) -> dict[str, Any]:
@@ -83,8 +83,8 @@ class Chat:
     def show(self, make: Callable[[Callable[[str], None]], Any]) -> None:
         """Show a reply as `make` makes it, piece by piece. Ctrl-C ends the reply and keeps what was said."""
         conversation = self.conversation
-        self.console.print("bot> ", end="", style="bold")
         wrap, end, self.patience = Wrap(lambda: self.console.width, column=5), "", 2
+        self.console.print("bot> ", end="", style="bold")
         live = self.console.color_system not in (None, "windows")  # which show escape sequences as text
         below = "\x1b[J" * live  # clears the live line
 
