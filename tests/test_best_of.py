@@ -64,7 +64,7 @@ def test_log_probabilities_are_those_of_the_model_and_leave_the_cache_alone(mode
 @pytest.mark.parametrize("name", ENGINES)
 def test_each_draft_is_what_it_would_be_alone(models, merged, name):
     model, prompt, samplings = models[name], tokens(12), [Sampling(temp=0), WARM, WARM, Sampling()]
-    written = drafts.write(model, prompt, 8, samplings, torch.Generator().manual_seed(4))
+    *_, written = drafts.write(model, prompt, 8, samplings, torch.Generator().manual_seed(4))
     seeds = torch.randint(2**62, (4,), generator=torch.Generator().manual_seed(4)).tolist()
     for draft, sampling, seed in zip(written, samplings, seeds, strict=True):
         chance, said = torch.Generator().manual_seed(seed), []
@@ -124,22 +124,15 @@ def test_one_alone_and_temperature_0_are_drawn_as_ever(models):
     assert talk.turns is turns
 
 
-def test_stopping_while_it_thinks_leaves_no_trace(models, monkeypatch):
+def test_stopping_while_it_thinks_leaves_no_trace(models):
     talk = Conversation(models["int8"], seed=2)
     best(talk, "Hi")
     turns = talk.turns
-    branch, calls = talk.model.engine.branch, []
-
-    def interrupted(*arguments):
-        calls.append(branch(*arguments))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return calls[-1]
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(talk.model.engine, "branch", interrupted)
-        best(talk, "Tell me more", 4)
-    assert talk.turns is turns and talk.stats == ""
+    thinking = talk.reply("Tell me more", 10, WARM, 4)
+    assert [next(thinking) for _ in range(3)] == [""] * 3
+    assert talk.stats.startswith("12 tokens of 4 candidates, ")
+    thinking.close()
+    assert talk.turns is turns
     reference = Conversation(models["int8"], seed=2)
     best(reference, "Hi")
     assert say(talk, "go on") == say(reference, "go on")

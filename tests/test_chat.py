@@ -16,12 +16,20 @@ from pathlib import Path
 
 import pexpect
 import pytest
+import torch
 from helpers import broken_copy
 
 import main as chat
-from dialogue.errors import UserError, exit_code
+from dialogue import models
+from dialogue.chat import terminal
+from dialogue.chat.conversation import Conversation
+from dialogue.chat.decoder import Decoder
+from dialogue.chat.engine import Model, TransformersEngine
+from dialogue.chat.session import Chat
+from dialogue.errors import UserError, exit_code, handled
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
+LIVE = "\x1b\\[J.*\n\x1b\\[2m\\d+ tokens, .* tokens/s.*\x1b\\[1A"  # below the text, and up again
 STATS = r"(\d+) tokens, [\d.]+ s, \d+ tokens/s, (\w+)"
 
 
@@ -305,7 +313,7 @@ def test_a_conversation_on_a_terminal(home):
 
     talk.type("/undo", "nothing to take back")
     talk.type("/why", "there is no reply yet")
-    talk.type("Hello you", "bot> ", r"30 tokens, [\d.]+ s, \d+ tokens/s, \w+", "3[0-9]/96")
+    talk.type("Hello you", "bot> ", LIVE, r"30 tokens, [\d.]+ s, \d+ tokens/s, \w+", "3[0-9]/96")
     talk.type("/why", "rank", "<END>", "tokens each setting")
     talk.setwinsize(30, 40)
     talk.type("/set temp 0", "temp = 0")
@@ -329,7 +337,7 @@ def test_a_conversation_on_a_terminal(home):
     talk.type("/reset", "a new conversation")
     talk.type("/set max_t 85", "max_t = 85")
     talk.type("/set temp 1.5", "temp = 1.5")
-    talk.type("talk on and on", "bot> ", r"[^\x1b]{12}")
+    talk.type("talk on and on", "bot> ", "2m3 tokens, ")
     talk.sendintr()
     talk.expect(r"\[stopped\]")
     talk.expect("you>")
@@ -347,17 +355,80 @@ def test_a_conversation_on_a_terminal(home):
     assert "+Hello you" in history and "+two\n+lines" in history
 
 
+@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize(("engine", "best_of"), [("float32", 1), ("float32", 4), ("transformers", 1)])
+def test_ctrl_c_at_any_line_leaves_what_the_next_reply_needs(merged, tmp_path, capsys, engine, best_of, presses):
+    """The second of two raises where it comes. What a reply costs at each line of ours that it runs is seen."""
+    talked, fresh = (models.load(str(merged), torch.float32, torch.device("cpu")) for _ in range(2))
+    make = TransformersEngine if engine == "transformers" else lambda model: Decoder(model, engine, 96)
+    talked, fresh = (Model(make(model), tokenizer, 96) for model, tokenizer in (talked, fresh))
+    chosen, ours = {"max_t": 6, "temp": 0.9, "best_of": best_of}, (str(MAIN), str(MAIN.parent / "dialogue"))
+
+    def turn(moment, seed=3):
+        """A conversation whose second reply is interrupted at its line number `moment`, and how many lines it had."""
+        talk, lines = Conversation(talked, seed), 0
+        this = Chat(terminal.in_background(lambda: talk), chat.generate_text, {}, chosen)
+        assert this.conversation is talk
+        this.kept = tmp_path / "kept.json"
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            code = frame.f_code
+            if not code.co_filename.startswith(ours) or code.co_name == "interrupt":
+                return None
+            if event == "line":
+                lines += 1
+                for _ in range(presses if lines == moment else 0):
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        with handled(this.interrupt, signal.SIGINT):
+            terminal._obey(this, "Hi")
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                terminal._obey(this, "Tell me more")
+                this.keep()
+            finally:
+                sys.settrace(before)
+        assert json.loads(this.kept.read_text()) == talk.messages()
+        return talk, lines
+
+    (whole, count), stopped = turn(0), 0
+    for moment in range(1, count + 1, count // 40):
+        talk, _ = turn(moment)
+        assert [turn[0] for turn in talk.turns] == [*talk.roles[:2]] * (len(talk.turns) // 2) and talk.turns
+        stopped += talk.turns != whole.turns
+        again = Conversation(fresh)
+        again.turns = talk.turns
+        again.generator.set_state(talk.generator.get_state())
+        fresh.engine.reset()
+        expected = chat.generate_text("And then?", **chosen, conversation=again)
+        assert chat.generate_text("And then?", **chosen, conversation=talk) == expected
+        assert talk.turns == again.turns
+    assert stopped > 20, "Ctrl-C stops"
+    said = capsys.readouterr().out
+    assert "[stopped]" in said and said.count("bot> ") <= said.count("\n")
+
+
 def test_what_people_type(home):
     """The first line; a message that was typed too early; two lines; the ways to leave."""
     (home / "gpt2-dialogue-full/run.json").write_text(
         json.dumps({"facts": {"base model": "gpt2-xl", "date": "2026-11-25"}})
     )
-    talk = Terminal("--max_t", "5", "--temp", "0")
+    (home / "editor").write_text("#!/bin/sh\nprintf ', the rest' >> $1\n")
+    (home / "editor").chmod(0o755)
+    talk = Terminal("--max_t", "5", "--temp", "0", VISUAL=str(home / "editor"))
     talk.expect("gpt2-dialogue-full, trained from gpt2-xl on 2026-11-25")
     talk.expect("you>")
     talk.type("are you there?", "loading the model")
     talk.sendintr()
     talk.expect("stopped")
+    talk.expect("you>")
+    talk.send("half")
+    talk.send("\x18\x05")  # Ctrl-X Ctrl-E; what the editor leaves is sent
+    talk.expect("half, the rest")
+    talk.expect("5 tokens, .* s, ")
     talk.expect("you>")
     talk.type("are you there?", "bot> ", "5 tokens, .* s, ", "you>")
     talk.send("one\x1b\rtwo\r")  # Alt-Enter between them
@@ -365,7 +436,7 @@ def test_what_people_type(home):
     talk.expect("you>")
     talk.type("/save said.json", "saved to said.json")
     said = [message["content"] for message in json.loads((home / "said.json").read_text())[::2]]
-    assert said == ["are you there?", "one\ntwo"]
+    assert said == ["half, the rest", "are you there?", "one\ntwo"]
     talk.type("/set max_t 60", "max_t = 60")
     talk.type("talk on", "bot> ")
     talk.send("typed ahead")

@@ -1,6 +1,7 @@
 """Loading, and a conversation with a small real model: what is read, what is kept, what can be repeated."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -233,6 +234,33 @@ def test_why_shows_whole_characters():
     shown = [row[0] for row in rows]
     assert "".join(shown).replace("(part of a character)", "") == "好👋<END>"
     assert shown.count("(part of a character)") == len(ids) - 2
+
+
+def test_conversations_in_threads_say_what_they_say_alone(merged):
+    """They share the cache of one model."""
+    for precision, best_of in (("int8", 4), ("float32", 1)):
+        shared = load(str(merged), precision, device="cpu")
+
+        def converse(seed, model=shared, best_of=best_of):
+            talk = Conversation(model, seed)
+            for message in ("Hello", "And you?", "Tell me more"):
+                "".join(talk.reply(message, 8, Sampling(temp=0.9), best_of))
+            return talk.turns
+
+        alone = [converse(seed) for seed in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            assert list(threads.map(converse, range(4))) == alone
+
+
+def test_a_reply_within_a_reply_is_refused_and_changes_nothing(model):
+    first, second = Conversation(model, 1), Conversation(model, 2)
+    stream = first.reply("Hello", 5, GREEDY)
+    next(stream)
+    with pytest.raises(RuntimeError, match="not finished"):
+        say(second, "Hi")
+    assert second.turns == []
+    stream.close()
+    assert say(second, "Hi", 3) and say(first, "go on", 3)
 
 
 def test_a_repetition_penalty_leaves_the_end_of_a_reply_alone():

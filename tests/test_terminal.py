@@ -6,9 +6,46 @@ import shutil
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from dialogue.chat import commands, history, session, terminal
 from dialogue.errors import UserError
+
+letters = st.text(alphabet="abc  \n\t你好👋🏽é,", max_size=12)
+
+
+def lay(pieces, width, column=0):
+    wrap = session.Wrap(lambda: width, column)
+    return "".join(wrap.add(piece) for piece in pieces) + wrap.rest()
+
+
+@given(st.lists(letters, max_size=12), st.integers(8, 40))
+def test_lines_break_at_the_edge_and_nothing_is_lost(pieces, width):
+    text = "".join(pieces)
+    out = lay(pieces, width)
+    assert all(cell_len(line) < width for line in out.split("\n"))
+    assert "".join(out.split()) == "".join(text.split())
+    assert out == lay(text, width), "how the text is cut into pieces shows"
+
+
+def test_words_stay_whole():
+    assert lay(["Good mor", "ning to", " you all"], 10) == "Good \nmorning \nto you \nall"
+    assert lay(["bot says hi"], 10, column=5) == "bot \nsays hi"
+    assert lay("abcdefghijklmno", 8) == "abcdefg\nhijklmn\no"
+    assert lay("你好你好你好", 8) == "你好你\n好你好"
+    wrap = session.Wrap(lambda: 40, 0)
+    assert wrap.add("half a wo") == "half a ", "a word waits until it ends"
+    assert wrap.add("rd 你好") == "word 你"
+
+
+def test_a_resized_terminal_is_noticed():
+    width = 40
+    wrap = session.Wrap(lambda: width, 0)
+    assert wrap.add("one two ") == "one two "
+    width = 10
+    assert wrap.add("three four ") == "\nthree \nfour "
 
 
 class Replies:

@@ -61,6 +61,7 @@ def show_help(chat: "Chat", rest: str) -> None:
     """this list"""
     lines = [[usage, str(function.__doc__)] for usage, function in COMMANDS.values()]
     lines += [["exit", "leave (so does Ctrl-D); Ctrl-C stops a reply"], ["Alt-Enter", "a new line in a message"]]
+    lines += [["Ctrl-X Ctrl-E", "write the message in $EDITOR"]]
     chat.rows(lines)
 
 

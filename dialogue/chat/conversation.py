@@ -46,43 +46,41 @@ class Conversation:
     @property
     def used(self) -> int:
         """Tokens of the conversation so far."""
-        return len(self._read())
+        return len(self._read(self.turns))
 
     def reply(self, message: str, max_t: int, sampling: Sampling, best_of: int = 1) -> Generator[str, None, None]:
         """Say `message`, and yield the answer piece by piece; whole characters, no control sequences.
 
         With `best_of` above 1 (0: `Model.quick_candidates`) the answer that fits best of so many is given
-        (`dialogue/chat/rerank.py`), all at once. At temperature 0 one is drawn. Stops at <END>, after `max_t` tokens,
-        at the end of the context, or when the caller closes the iterator; what was said until then is kept. Raises
-        UserError for a message that is too long and logits that are no numbers; all is then as it was before.
+        (`dialogue/chat/rerank.py`), after an empty piece with each token. At temperature 0 one is drawn. Stops at
+        <END>, after `max_t` tokens, at the end of the context, or when the caller closes the iterator; what was said
+        until then is kept. Conversations in other threads wait for the model. Raises UserError for a message that is
+        too long and logits that are no numbers. Where nothing was said, all is as it was before.
         """
         turn, spent = self._turn(0, message), len(self._turn(0, with_persona(self.persona, ""))) - 2
         free = self.limit - len(turn) - spent - 2  # <BOT> and <END> of the answer
         if free < 1:
             fit = max(0, self.limit - 5 - spent)
             raise UserError(f"the message has {len(turn) - 2} tokens, {fit} fit: make it shorter")
-        before, kept = self.turns, self._newest(free - min(max_t, free // 2))
+        kept = self._newest(free - min(max_t, free // 2))
         said: list[int] = []
         ranked: list[rerank.Candidate] = []
-        self.stats = ""
+        self.stats, self.forgotten = "", 0
+        prompt = [*self._read([*kept, turn]), self.roles.bot]
+        most, count = min(max_t, self.limit - 1 - len(prompt)), best_of or self.model.quick_candidates
         try:
-            self.turns = [*kept, turn]
-            self.forgotten = len(before) - len(kept)
-            prompt = [*self._read(), self.roles.bot]
-            most, count = min(max_t, self.limit - 1 - len(prompt)), best_of or self.model.quick_candidates
-            if count > 1 and sampling.temp > 0:
-                ranked = self._best(prompt, message, most, sampling, count)
-                said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
-                yield plain(ranked[0].text)
-            else:
-                yield from self._stream(prompt, said, most, sampling)
-        except BaseException:
-            if not said:
-                self.turns, self.forgotten = before, 0
-            raise
+            with self.model.alone():
+                if count > 1 and sampling.temp > 0:
+                    earlier = [message, *(decode_reply(self.tokenizer, each[1:-1]) for each in kept[1::2])]
+                    ranked = yield from self._best(prompt, earlier, most, sampling, count)
+                    said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
+                    yield plain(ranked[0].text)
+                else:
+                    yield from self._stream(prompt, said, most, sampling)
         finally:
-            if self.turns is not before:
-                self._close(said)
+            if said:
+                self.forgotten = len(self.turns) - len(kept)
+                self._close([*kept, turn], said)
                 self._choice = self.turns, ranked
                 self.sampling = replace(sampling, temp=ranked[0].temp) if ranked else sampling
 
@@ -95,18 +93,17 @@ class Conversation:
         *before, answer = self.turns
         said, self.stats = answer[1:-1], ""
         try:
-            self.turns = before
-            prompt = [*self._read(), self.roles.bot]
-            yield from self._stream(prompt, said, min(max_t, room), sampling)
+            with self.model.alone():
+                yield from self._stream([*self._read(before), self.roles.bot], said, min(max_t, room), sampling)
         finally:
-            self.turns = before
-            self._close(said)
+            self._close(before, said)
             self._choice, self.sampling = (None, []), sampling
 
-    def _close(self, said: list[int]) -> None:
-        """Add the answer to the turns; without an <END>, which `said` may have, it was cut."""
+    def _close(self, turns: list[list[int]], said: list[int]) -> None:
+        """Let the answer follow `turns`, at one stroke: Ctrl-C may come at any time. Without an <END>, which `said` may
+        have, it was cut."""
         whole = said[-1:] == [self.roles.end]
-        self.turns = [*self.turns, [self.roles.bot, *said, *([] if whole else [self.roles.end])]]
+        self.turns = [*turns, [self.roles.bot, *said, *([] if whole else [self.roles.end])]]
         self.cut = None if whole else self.turns
 
     def _stream(self, prompt: list[int], said: list[int], most: int, sampling: Sampling) -> Generator[str, None, None]:
@@ -127,24 +124,26 @@ class Conversation:
         if rest := plain(decode_reply(self.tokenizer, words)).strip()[len(shown) :]:
             yield rest
 
-    def _count(self, tokens: int, start: float, drawn: int = 0, of: int = 1) -> None:
-        """Say what a reply of so many tokens cost, the best of `of`, for which `drawn` were drawn."""
-        seconds, best = time.perf_counter() - start, f", the best of {of}" * (of > 1)
+    def _count(self, tokens: int, start: float, drawn: int = 0, of: str = "") -> None:
+        """Say what so many tokens `of` candidates cost, also while they are made; `drawn` were drawn for them."""
+        seconds = time.perf_counter() - start
         rate = (drawn or tokens) / seconds
-        self.stats = f"{tokens} tokens{best}, {seconds:.1f} s, {rate:.0f} tokens/s, {self.model.engine.precision}"
+        self.stats = f"{tokens} tokens{of}, {seconds:.1f} s, {rate:.0f} tokens/s, {self.model.engine.precision}"
 
     def _best(
-        self, prompt: list[int], message: str, most: int, sampling: Sampling, count: int
-    ) -> list[rerank.Candidate]:
-        """Candidates for the answer, the best first."""
-        start = time.perf_counter()
+        self, prompt: list[int], said: list[str], most: int, sampling: Sampling, count: int
+    ) -> Generator[str, None, list[rerank.Candidate]]:
+        """Candidates for the answer, the best first; yields an empty piece with each token that is drawn."""
+        start, drawn, written = time.perf_counter(), 0, list[drafts.Draft]()
         temps = [0.0] + [sampling.temp * rerank.COOLER] * (count - 1)
         samplings = [replace(sampling, temp=temp) for temp in temps]
-        written = drafts.write(self.model, prompt, most, samplings, self.generator)
-        said = [message, *(self.text(turn) for turn in range(1, len(self.turns), 2))]
+        for written in drafts.write(self.model, prompt, most, samplings, self.generator):
+            drawn = sum(len(draft.tokens) for draft in written)
+            self._count(drawn, start, of=f" of {count} candidates")
+            yield ""
         nothing = [*self._turn(0, rerank.NOTHING), self.roles.bot]
         ranked = drafts.ranked(self.model, prompt, written, said, nothing)
-        self._count(len(ranked[0].tokens), start, sum(len(draft.tokens) for draft in written), count)
+        self._count(len(ranked[0].tokens), start, drawn, f", the best of {count}")
         return ranked
 
     @property
@@ -182,14 +181,15 @@ class Conversation:
         """
         if not self.turns:
             return []
-        answer, ids = self.turns[-1], self._read()
+        answer, ids = self.turns[-1], self._read(self.turns)
         ids = ids[: len(ids) - len(answer) + 1]
         spoken = without_roles(ids, self.model.roles)
         explained, sampling = [], self.sampling or sampling
-        for token in answer[1:]:
-            explained.append(explain(self.model.logits(ids), token, sampling, spoken, self.model.forbidden))
-            ids.append(token)
-            spoken.append(token)
+        with self.model.alone():
+            for token in answer[1:]:
+                explained.append(explain(self.model.logits(ids), token, sampling, spoken, self.model.forbidden))
+                ids.append(token)
+                spoken.append(token)
         return explained
 
     def undo(self) -> str | None:
@@ -206,7 +206,7 @@ class Conversation:
 
     def context(self) -> str:
         """Exactly what the model has been told, control tokens included."""
-        return decode_text(self.tokenizer, self._read())
+        return decode_text(self.tokenizer, self._read(self.turns))
 
     def messages(self) -> Messages:
         """The conversation in the shape of chat messages."""
@@ -228,11 +228,11 @@ class Conversation:
         """Let the last answer be `text`."""
         self.turns = [*self.turns[:-1], self._turn(1, text)]
 
-    def _read(self) -> list[int]:
-        """All that was said, as the model reads it: the first message stands behind the persona."""
-        turns = self.turns
+    def _read(self, turns: list[list[int]]) -> list[int]:
+        """`turns` as the model reads them: the first message stands behind the persona."""
         if self.persona and turns:
-            turns = [self._turn(0, with_persona(self.persona, self.text(0))), *turns[1:]]
+            first = decode_text(self.tokenizer, turns[0][1:-1])
+            turns = [self._turn(0, with_persona(self.persona, first)), *turns[1:]]
         return [token for turn in turns for token in turn]
 
     def _turn(self, index: int, text: str) -> list[int]:

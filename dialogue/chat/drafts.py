@@ -1,6 +1,6 @@
 """Several replies to one prompt, drawn side by side, and what they would get after another prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -34,8 +34,8 @@ def decoder_of(model: Model) -> Decoder:
 
 def write(
     model: Model, prompt: list[int], most: int, samplings: Sequence[Sampling], generator: torch.Generator
-) -> list[Draft]:
-    """A reply of up to `most` tokens after `prompt` with each of `samplings`, side by side.
+) -> Generator[list[Draft], None, None]:
+    """Draw a reply of up to `most` tokens after `prompt` with each of `samplings`; yields all after each token.
 
     Each has random numbers of its own, which start from `generator`. Raises UserError as `decoder_of` does, and for
     logits that are not finite numbers.
@@ -55,10 +55,10 @@ def write(
             choice = candidates(row, draft.sampling, spoken + draft.tokens, model.forbidden)
             draft.tokens.append(draw(choice, draft.chance))
             draft.nats += float(row[draft.tokens[-1]] - log_sum)
+        yield drafts
         live = [slot for slot in live if drafts[slot].tokens[-1] != model.roles.end]
         if not live:
-            break
-    return drafts
+            return
 
 
 def log_probabilities(model: Model, prompt: list[int], replies: list[list[int]]) -> list[float]:

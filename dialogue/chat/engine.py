@@ -1,7 +1,9 @@
 """A dialogue model that can be asked for its next token: loading, and the key-value cache."""
 
 import sys
-from collections.abc import Generator
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import torch
 import transformers
@@ -32,10 +34,10 @@ class TransformersEngine:
         new = torch.tensor([ids], device=self.model.device)
         try:
             output = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.length += len(ids)
         except BaseException:  # Ctrl-C as well: some layers have read the tokens, some have not
             self.reset()
             raise
-        self.length += len(ids)
         return output.logits[0, -1].float()
 
     def truncate(self, length: int) -> None:
@@ -70,6 +72,7 @@ class Model:
         self.forbidden: list[int] = []  # ids that are never to be drawn; known with the first logits
         self.tokens_read = 0  # that ever went through the engine
         self.held: list[int] = []  # the cache holds the first `engine.length` of these
+        self._busy, self._user = threading.Lock(), 0  # the thread that has the engine now
 
     @property
     def quick_candidates(self) -> int:
@@ -78,6 +81,18 @@ class Model:
         if type(self.engine) is not Decoder:
             return 1
         return 8 if self.engine.parameters < 1_000_000_000 else 4
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, other threads wait for the engine; this very thread would wait for itself: RuntimeError."""
+        if self._busy.locked() and self._user == threading.get_ident():
+            raise RuntimeError("a reply of this model is not finished: read it to its end, or close it, first")
+        with self._busy:
+            self._user = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._user = 0
 
     def logits(self, ids: list[int]) -> Tensor:
         """Logits (V,) after `ids`; what the cache holds of them already is not read again."""

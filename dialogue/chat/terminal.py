@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -84,6 +85,7 @@ def chat(this: Chat, top: str, earlier: Messages, private: bool) -> None:
         multiline=True,  # a pasted text keeps its lines
         key_bindings=keys,
         enable_suspend=True,
+        enable_open_in_editor=True,  # Ctrl-X Ctrl-E
     )
     this.loading.add_done_callback(lambda _: _refresh(session, this.loading))
     if termios:  # between prompts, what is typed is not shown; it waits for the next prompt, also after Ctrl-C
@@ -91,7 +93,7 @@ def chat(this: Chat, top: str, earlier: Messages, private: bool) -> None:
         unseen[3] = unseen[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
         termios.tcsetattr(sys.stdin, termios.TCSANOW, unseen)
     try:
-        with handled(lambda number, _: sys.exit(128 + number), *ENDINGS):
+        with handled(lambda number, _: sys.exit(128 + number), *ENDINGS), handled(this.interrupt, signal.SIGINT):
             this.note(f"{top}\nType a message; /help lists commands, exit leaves.")
             this.ask = lambda prompt, text: session.prompt(prompt, default=text)
             this.show_turns(earlier)
@@ -124,14 +126,17 @@ def _ask(session: PromptSession, this: Chat) -> str:
 def _obey(this: Chat, line: str) -> None:
     """Carry out a command, or send a message."""
     try:
-        if line.startswith("/"):
-            commands.run(this, line)
-        elif line:
-            this.say(line)
-    except UserError as error:
-        if this.loading.done() and this.loading.exception():
-            raise
-        this.console.print(plain(str(error)), style="red", markup=False)
+        this.patience = 2
+        try:
+            if line.startswith("/"):
+                commands.run(this, line)
+            elif line:
+                this.say(line)
+        except UserError as error:
+            if this.loading.done() and this.loading.exception():
+                raise
+            this.console.print(plain(str(error)), style="red", markup=False)
+        this.patience = 0
     except KeyboardInterrupt:
         this.note("stopped")
 
