@@ -411,6 +411,20 @@ def test_ctrl_c_at_any_line_leaves_what_the_next_reply_needs(merged, tmp_path, c
     assert "[stopped]" in said and said.count("bot> ") <= said.count("\n")
 
 
+def test_ctrl_c_at_any_time_comes_back_to_the_prompt(home):
+    talk = Terminal("--max_t", "40", "--best_of", "4")
+    talk.expect("0/96.*you>")
+    for number in range(12):
+        talk.send(f"message {number}\r")
+        talk.expect("bot> ")
+        for _ in range(1 + number % 3):
+            time.sleep(0.004 * number)
+            talk.kill(signal.SIGINT)
+        talk.expect("you>")
+    talk.type("exit", "Bye")
+    talk.leaves(0)
+
+
 def test_what_people_type(home):
     """The first line; a message that was typed too early; two lines; the ways to leave."""
     (home / "gpt2-dialogue-full/run.json").write_text(
