@@ -355,14 +355,15 @@ def test_a_conversation_on_a_terminal(home):
     assert "+Hello you" in history and "+two\n+lines" in history
 
 
-@pytest.mark.parametrize("presses", [1, 2])
-@pytest.mark.parametrize(("engine", "best_of"), [("float32", 1), ("float32", 4), ("transformers", 1)])
+@pytest.mark.parametrize(
+    ("engine", "best_of", "presses"), [("float32", 1, 2), ("float32", 4, 1), ("float32", 4, 2), ("transformers", 1, 2)]
+)
 def test_ctrl_c_at_any_line_leaves_what_the_next_reply_needs(merged, tmp_path, capsys, engine, best_of, presses):
     """The second of two raises where it comes. What a reply costs at each line of ours that it runs is seen."""
     talked, fresh = (models.load(str(merged), torch.float32, torch.device("cpu")) for _ in range(2))
     make = TransformersEngine if engine == "transformers" else lambda model: Decoder(model, engine, 96)
     talked, fresh = (Model(make(model), tokenizer, 96) for model, tokenizer in (talked, fresh))
-    chosen, ours = {"max_t": 6, "temp": 0.9, "best_of": best_of}, (str(MAIN), str(MAIN.parent / "dialogue"))
+    chosen, ours = {"max_t": 3, "temp": 0.9, "best_of": best_of}, (str(MAIN), str(MAIN.parent / "dialogue"))
 
     def turn(moment, seed=3):
         """A conversation whose second reply is interrupted at its line number `moment`, and how many lines it had."""
@@ -395,7 +396,7 @@ def test_ctrl_c_at_any_line_leaves_what_the_next_reply_needs(merged, tmp_path, c
         return talk, lines
 
     (whole, count), stopped = turn(0), 0
-    for moment in range(1, count + 1, count // 40):
+    for moment in range(1, count + 1, count // 15):
         talk, _ = turn(moment)
         assert [turn[0] for turn in talk.turns] == [*talk.roles[:2]] * (len(talk.turns) // 2) and talk.turns
         stopped += talk.turns != whole.turns
@@ -406,7 +407,7 @@ def test_ctrl_c_at_any_line_leaves_what_the_next_reply_needs(merged, tmp_path, c
         expected = chat.generate_text("And then?", **chosen, conversation=again)
         assert chat.generate_text("And then?", **chosen, conversation=talk) == expected
         assert talk.turns == again.turns
-    assert stopped > 20, "Ctrl-C stops"
+    assert stopped > 7, "Ctrl-C stops"
     said = capsys.readouterr().out
     assert "[stopped]" in said and said.count("bot> ") <= said.count("\n")
 

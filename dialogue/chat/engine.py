@@ -1,5 +1,6 @@
 """A dialogue model that can be asked for its next token: loading, and the key-value cache."""
 
+import gc
 import sys
 import threading
 from collections.abc import Generator, Iterator
@@ -85,7 +86,11 @@ class Model:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, other threads wait for the engine; this very thread would wait for itself: RuntimeError."""
-        if self._busy.locked() and self._user == threading.get_ident():
+        for _ in range(2):
+            if not (self._busy.locked() and self._user == threading.get_ident()):
+                break
+            gc.collect()  # closes a reply that a second Ctrl-C cut anywhere
+        else:
             raise RuntimeError("a reply of this model is not finished: read it to its end, or close it, first")
         with self._busy:
             self._user = threading.get_ident()
