@@ -356,7 +356,7 @@ def test_a_conversation_on_a_terminal(home):
 
 
 @pytest.mark.parametrize(
-    ("engine", "best_of", "presses"), [("float32", 1, 2), ("float32", 4, 1), ("float32", 4, 2), ("transformers", 1, 2)]
+    ("engine", "best_of", "presses"), [("float32", 4, 1), ("float32", 1, 2), ("transformers", 1, 2)]
 )
 def test_ctrl_c_at_any_line_leaves_what_the_next_reply_needs(merged, tmp_path, capsys, engine, best_of, presses):
     """The second of two raises where it comes. What a reply costs at each line of ours that it runs is seen."""
@@ -396,7 +396,7 @@ def test_ctrl_c_at_any_line_leaves_what_the_next_reply_needs(merged, tmp_path, c
         return talk, lines
 
     (whole, count), stopped = turn(0), 0
-    for moment in range(1, count + 1, count // 15):
+    for moment in range(1, count + 1, count // 8):
         talk, _ = turn(moment)
         assert [turn[0] for turn in talk.turns] == [*talk.roles[:2]] * (len(talk.turns) // 2) and talk.turns
         stopped += talk.turns != whole.turns
@@ -407,7 +407,7 @@ def test_ctrl_c_at_any_line_leaves_what_the_next_reply_needs(merged, tmp_path, c
         expected = chat.generate_text("And then?", **chosen, conversation=again)
         assert chat.generate_text("And then?", **chosen, conversation=talk) == expected
         assert talk.turns == again.turns
-    assert stopped > 7, "Ctrl-C stops"
+    assert stopped > 3, "Ctrl-C stops"
     said = capsys.readouterr().out
     assert "[stopped]" in said and said.count("bot> ") <= said.count("\n")
 

@@ -21,7 +21,7 @@ from dialogue.data.packing import collate, encode, pack
 from dialogue.measure.loss import head_of, mean_nats
 from dialogue.models import load_base
 from dialogue.prompt import add_roles
-from dialogue.train import norm, speedups
+from dialogue.train import speedups
 
 DIALOGUES = [["Hi there", "Hello, how are you?", "Fine"], ["What time is it?", "Noon."], ["Bye", "See you", "ok", "!"]]
 
@@ -77,22 +77,22 @@ def test_attention_within_dialogues_is_that_of_torch_with_a_mask(lengths):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_llamas_norm_is_rounded_once():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_that_of_llama_with_about_its_rounding(dtype):
     torch.manual_seed(0)
-    layer = LlamaRMSNorm(65, eps=1e-3).bfloat16()
-    layer.weight = nn.Parameter(torch.empty(65).uniform_(0.5, 2).bfloat16(), requires_grad=False)
-    x, up = torch.randn(3, 50, 65).bfloat16().requires_grad_(), torch.randn(3, 50, 65).bfloat16()
-    exact = x.detach().double().requires_grad_()
-    expected = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-3) * layer.weight.double()
-    ours = norm.forward(layer, x)
-    pairs = zip(
-        (ours, *torch.autograd.grad(ours, x, up)),
-        (expected, *torch.autograd.grad(expected, exact, up.double())), strict=True,
-    )  # fmt: skip
-    for found, true in pairs:
-        assert found.dtype == torch.bfloat16
-        assert (found - true).norm() < 1.001 * (true.bfloat16() - true).norm()
-    assert torch.equal(torch.isnan(norm.forward(layer, x * float("nan"))), torch.ones_like(x, dtype=torch.bool))
+    norm = LlamaRMSNorm(64, eps=1e-3).to(dtype)
+    norm.weight = nn.Parameter(torch.empty(64, dtype=dtype).uniform_(0.5, 2), requires_grad=False)
+    x, up = torch.randn(30, 50, 64, dtype=dtype, requires_grad=True), torch.randn(30, 50, 64, dtype=dtype)
+    found = []
+    for forward in (norm.forward, lambda x: speedups._rms_norm_forward(norm, x)):
+        y = forward(x)
+        found.append([y, *torch.autograd.grad(y, x, up)])
+    exact_x = x.detach().double().requires_grad_()
+    exact = exact_x * torch.rsqrt(exact_x.square().mean(-1, keepdim=True) + 1e-3) * norm.weight.double()
+    exact = [exact, *torch.autograd.grad(exact, exact_x, up.double())]
+    for true, theirs, ours in zip(exact, *found, strict=True):
+        assert (ours - true).norm() < 1.5 * (theirs - true).norm()
+        assert ours.dtype == dtype
 
 
 def test_without_adapters_and_with_a_cache_the_base_model_answers(talk):

@@ -22,8 +22,6 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dialogue.train import norm
-
 ATTENTION = "a_dialogue_at_a_time"
 
 
@@ -50,7 +48,7 @@ def apply(model: PeftModel, keep_dropout: bool = False) -> PeftModel:
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, GELUTanh())
             if type(child).__name__.endswith("RMSNorm") and hasattr(child, "variance_epsilon"):
-                _replace_forward(child, norm.forward)
+                _replace_forward(child, _rms_norm_forward)
         if not keep_dropout and isinstance(module, nn.Dropout) and "lora_dropout" not in path:
             module.p = 0.0
         if not keep_dropout and isinstance(getattr(module, "attention_dropout", None), float):
@@ -96,6 +94,33 @@ def _rows_forward(layer: Any, x: Tensor) -> Tensor:
         return frozen.index_copy(-1, ids, linear(x, trained))
     hits = x.unsqueeze(-1) == ids  # (B, T, R)
     return frozen.masked_fill(hits.any(-1, keepdim=True), 0) + hits.to(trained.dtype) @ trained
+
+
+def _rms_norm_forward(layer: Any, x: Tensor) -> Tensor:
+    """(B, T, H) -> (B, T, H), as Llama's and its descendants' norms."""
+    if layer.weight.requires_grad:
+        return type(layer).forward(layer, x)
+    return _RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x w / sqrt(mean x^2 + eps) (Zhang and Sennrich 2019) for a frozen w; autograd would keep and pass through float32
+    copies of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """(B, T, H), (H,), eps -> (B, T, H)"""
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).square_()
+        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return torch.mul(x, scale, out=torch.empty_like(x)).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        [gradient], (x, weight, scale) = gradients, ctx.saved_tensors
+        gradient = gradient * weight
+        along = (gradient * x).sum(-1, keepdim=True, dtype=torch.float32) * scale**3 / -x.shape[-1]
+        return torch.mul(gradient, scale, out=torch.empty_like(x)).addcmul_(x, along.to(x.dtype)), None, None
 
 
 class _Int8Product(torch.autograd.Function):
