@@ -58,9 +58,8 @@ def fit(
     A model that leaves most replies unfinished keeps the defaults: no sampler helps it. Of `known` settings, which
     suited the model before a few lessons, it is only looked whether they still are better than the defaults.
     """
-    found = find_contexts(
-        dialogues, contexts // 2 if known else contexts, seed, longest=3
-    )  # short ones: most of the time goes into replies
+    # Short ones: most of the time goes into replies.
+    found = find_contexts(dialogues, contexts // 2 if known else contexts, seed, longest=3)
     turns, tries = [context.turns for context in found], itertools.count()
     sweep = ((vars(known),),) if known else SWEEP
 

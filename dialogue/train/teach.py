@@ -30,14 +30,6 @@ from dialogue.measure.report import METRICS
 PASSES = 96  # times that each lesson is read
 TAUGHT, REPLAY = 2, 4  # rows of lessons, and of the run's own data, in each step
 KEPT = 240  # rows of the run's own data that these are, at most
-VALIDATED = (
-    "base_model",
-    "dataset",
-    "max_train_dialogues",
-    "max_length",
-    "bot",
-    "silence",
-)  # decide the validation rows
 AT_ONCE = 8  # rows, when it is found out what is said before
 DROPPED = 0.3  # of the words of a message, in every second pass
 PULL = 6.0  # towards what the bot said before, times the lessons' loss
