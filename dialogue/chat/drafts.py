@@ -1,9 +1,12 @@
 """Several replies to one prompt, drawn side by side, and what they would get after another prompt."""
 
+import itertools
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import Model
@@ -73,22 +76,33 @@ def log_probabilities(model: Model, prompt: list[int], replies: list[list[int]])
     return found
 
 
-def _log_probabilities(decoder: Decoder, prompt: list[int], replies: list[list[int]]) -> list[float]:
-    """One text with the prompt once, of which each token sees the prompt and what is before it in its own reply."""
-    before = len(prompt)
-    owner = torch.tensor([-1] * before + [slot for slot, reply in enumerate(replies) for _ in reply])
+class SideBySide(NamedTuple):
+    """A prompt once, and replies to it behind each other, each at the positions behind the prompt."""
+
+    ids: list[int]
+    positions: list[int]
+    sees: Tensor  # (T, T) bool: each token sees the prompt and what is before it in its own reply
+    before: list[list[int]]  # of each reply, where each of its tokens was still to come
+
+
+def side_by_side(prompt: list[int], replies: list[list[int]]) -> SideBySide:
+    """Lay the replies out, so that the prompt is read once for all of them."""
+    start = len(prompt)
+    owner = torch.tensor([-1] * start + [slot for slot, reply in enumerate(replies) for _ in reply])
     ids = prompt + [token for reply in replies for token in reply]
-    positions = [*range(before), *(before + place for reply in replies for place in range(len(reply)))]
+    positions = [*range(start), *(start + place for reply in replies for place in range(len(reply)))]
     sees = ((owner[:, None] == owner) | (owner == -1)).tril_()
-    held = torch.zeros(len(ids), decoder.length, dtype=torch.bool)
-    places = list(range(decoder.length, decoder.length + len(ids)))
-    logs = decoder.aside(ids, positions, places, torch.cat([held, sees], dim=1)).log_softmax(-1)
-    found, start = [], before
-    for reply in replies:
-        at = [before - 1, *range(start, start + len(reply) - 1)]  # where each of its tokens was still to come
-        found.append(float(logs[at, reply].sum()))
-        start += len(reply)
-    return found
+    begins = itertools.accumulate(map(len, replies), initial=start)
+    before = [[start - 1, *range(at, at + len(reply) - 1)] for at, reply in zip(begins, replies, strict=False)]
+    return SideBySide(ids, positions, sees, before)
+
+
+def _log_probabilities(decoder: Decoder, prompt: list[int], replies: list[list[int]]) -> list[float]:
+    row = side_by_side(prompt, replies)
+    held = torch.zeros(len(row.ids), decoder.length, dtype=torch.bool)
+    places = list(range(decoder.length, decoder.length + len(row.ids)))
+    logs = decoder.aside(row.ids, row.positions, places, torch.cat([held, row.sees], dim=1)).log_softmax(-1)
+    return [float(logs[at, reply].sum()) for at, reply in zip(row.before, replies, strict=True)]
 
 
 def ranked(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dialogue.chat import drafts
 from dialogue.chat.batch import CHAT, Reply, answer
 from dialogue.chat.rerank import LAMBDA, NOTHING
 from dialogue.chat.sampling import Sampling
@@ -86,24 +87,15 @@ def score_replies(
 
 
 def _score_side_by_side(model: Any, prompt: list[int], said: list[list[int]]) -> np.ndarray:
-    """(N,) nats: log-probabilities of N continuations of `prompt`, which is read once. They follow it in one row, each
-    at the positions behind the prompt; each sees the prompt and itself."""
-    device, start = model.device, len(prompt)
-    ids = torch.tensor([*prompt, *(token for each in said for token in each)], device=device)
-    lengths = torch.tensor([len(each) for each in said], device=device)
-    owner = torch.cat(
-        [lengths.new_full((start,), -1), torch.arange(len(said), device=device).repeat_interleave(lengths)]
-    )
-    place = torch.arange(len(ids), device=device)
-    first = start + lengths.cumsum(0) - lengths  # where each continuation begins
-    positions = torch.where(owner < 0, place, start + place - first[owner])
-    sees = ((owner == owner[:, None]) | (owner < 0)) & (place <= place[:, None])
-    mask = torch.zeros(sees.shape, dtype=model.dtype, device=device).masked_fill(~sees, torch.finfo(model.dtype).min)
-    hidden = hidden_states(model, {"input_ids": ids[None], "position_ids": positions[None]}, mask[None, None])[0]
-    before = torch.where(place == first[owner], start - 1, place - 1)[start:]  # what predicts each token
-    logits = model.get_output_embeddings()(hidden[before]).float()
-    nats = torch.nn.functional.cross_entropy(logits, ids[start:], reduction="none").double()
-    return -torch.zeros(len(said), dtype=torch.float64, device=device).index_add_(0, owner[start:], nats).cpu().numpy()
+    """(N,) nats: log-probabilities of N continuations of `prompt`, which is read once."""
+    row = drafts.side_by_side(prompt, said)
+    inputs = {name: torch.tensor([of], device=model.device) for name, of in
+              (("input_ids", row.ids), ("position_ids", row.positions))}  # fmt: skip
+    mask = torch.zeros(row.sees.shape, dtype=model.dtype).masked_fill(~row.sees, torch.finfo(model.dtype).min)
+    hidden = hidden_states(model, inputs, mask.to(model.device)[None, None])[0]
+    logits = model.get_output_embeddings()(hidden[[place for at in row.before for place in at]]).float()
+    nats = torch.nn.functional.cross_entropy(logits, inputs["input_ids"][0, len(prompt) :], reduction="none").double()
+    return -np.array([part.sum().item() for part in nats.split([len(each) for each in said])])
 
 
 def deal(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
