@@ -27,7 +27,7 @@ from transformers import (
 
 import Fine_tuningmodel as script
 from dialogue import evaluate, storage
-from dialogue.chat.batch import Reply, answer
+from dialogue.chat.batch import Reply, answer, answer_by_each
 from dialogue.chat.sampling import Sampling
 from dialogue.data import packing
 from dialogue.data.corpus import Corpus, fold, without_leaks, without_overlap
@@ -155,7 +155,7 @@ def test_distinct_n_lies_in_its_own_interval():
 def test_greedy_replies_are_those_of_transformers_whatever_the_batch(base):
     model, tokenizer = base
     contexts = [turns[:1] for turns in TALK] + [TALK[0][:3]]
-    ours = answer(model, tokenizer, contexts, Sampling(temp=0), max_t=12, batch_size=3)
+    ours = answer(model, tokenizer, contexts, Sampling(temp=0), max_t=12, at_once=3)
     roles = add_roles(tokenizer)
     forbidden = sorted({*tokenizer.all_special_ids, *roles} - {roles.end})
     for turns, reply in zip(contexts, ours, strict=True):
@@ -349,20 +349,39 @@ def test_replies_to_their_own_messages_have_more_mutual_information():
     model, tokenizer = made(2.0)
     turns = [context.turns for context in CONTEXTS]
     own, others = THINGS, [*THINGS[1:], THINGS[0]]
-    more, less = (listening.mutual_information(model, tokenizer, turns, said) for said in (own, others))
-    assert more > less + 0.1
     style, each = listening.our_format(tokenizer), [[place] for place in range(len(own))]
-    after = np.concatenate(listening.score_replies(model, style, turns, own, each))
+
+    def after(said: list[str]) -> np.ndarray:
+        return np.concatenate(listening.score_replies(model, style, turns, said, each))
+
+    more, less = (listening.mutual_information(model, tokenizer, said, after(said)) for said in (own, others))
+    assert more.mean() > less.mean() + 0.1
     alone = np.concatenate(listening.score_replies(model, style, [[listening.NOTHING]] * len(own), own, each))
     lengths = [len(style.reply(text)) for text in own]
-    assert more == pytest.approx(((after - listening.LAMBDA * alone) / lengths).mean(), abs=1e-4)
+    assert more == pytest.approx((after(own) - listening.LAMBDA * alone) / lengths, abs=1e-4)
+
+
+def test_several_settings_answer_together_as_each_alone():
+    model, tokenizer = made(2.0)
+    turns, shares = [context.turns for context in CONTEXTS], list[float]()
+    samplings = [Sampling(temp=0), Sampling(temp=1.5), Sampling(temp=1.5, repetition_penalty=3.0)]
+    together = answer_by_each(model, tokenizer, turns, samplings, 12, seed=3, at_once=60, told=shares.append)
+    assert together == [answer(model, tokenizer, turns, each, 12, seed=3) for each in samplings]
+    assert together[0] != together[1] != together[2] and shares == sorted(shares) and shares[-1] <= 1
+    style, ended = listening.our_format(tokenizer), 0
+    for said in together:
+        texts, each = [reply.text for reply in said], [[place] for place in range(len(said))]
+        for reply, [nats] in zip(said, listening.score_replies(model, style, turns, texts, each), strict=True):
+            assert not reply.ended or reply.nats == pytest.approx(nats, rel=1e-4)
+            ended += reply.ended
+    assert ended > len(turns)
 
 
 def test_fitted_settings_reach_the_chat(base, tuned, monkeypatch):
     import main
 
     model, tokenizer = copy.deepcopy(base[0]), base[1]
-    monkeypatch.setattr(fitting, "SWEEP", (({"temp": 1.0},), ({"repetition_penalty": 1.2},)))
+    monkeypatch.setattr(fitting, "SWEEP", ({"temp": 1.0}, {"repetition_penalty": 1.2}))
     monkeypatch.setattr(fitting, "cost", lambda bot, human: -bot["distinct_1"])
     with torch.no_grad():
         model.get_output_embeddings().weight[-1] *= 3  # <END> often

@@ -1,7 +1,9 @@
 """Replies to many contexts at once, drawn as the chat draws them."""
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -10,81 +12,128 @@ from dialogue import machine
 from dialogue.chat.sampling import CHAT, Sampling, candidates, draw
 from dialogue.prompt import decode_reply, encode_dialogue, find_roles, never_drawn, without_roles
 
+CACHE_BYTES = 1_000_000_000  # that keys and values of replies drawn side by side may take
 
-class Reply(NamedTuple):
+
+@dataclass(frozen=True)
+class Reply:
+    """What was said to one context."""
+
     text: str
     ended: bool  # by <END>, before the limit
+    nats: float = field(default=0.0, compare=False)  # log p(reply | context) by the model alone, where it was drawn
 
 
-@torch.no_grad()
+@dataclass
+class Drawn:
+    """A reply that is being drawn."""
+
+    chance: torch.Generator
+    tokens: list[int] = field(default_factory=list)  # <END> among them
+    nats: float = 0.0
+    ended: bool = False
+
+
 def answer(
     model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[list[str]], sampling: Sampling = CHAT,
-    max_t: int = 60, seed: int = 0, batch_size: int = 64,
+    max_t: int = 60, seed: int = 0, at_once: int | None = None,
 ) -> list[Reply]:  # fmt: skip
     """A reply to each of `contexts` (turns, USER's last), of at most `max_t` tokens, drawn by the chat's own sampler.
 
     Each reply has a random state of its own, so neither the batch nor the caller's random state matters to it, and
-    the caller's stays as it is. Where the device has too little memory, fewer replies are drawn at once.
+    the caller's stays as it is. `at_once` replies are drawn side by side: by default as many as `CACHE_BYTES` hold, and
+    fewer where the device has too little memory.
     """
+    return answer_by_each(model, tokenizer, contexts, [sampling], max_t, seed, at_once)[0]
+
+
+@torch.no_grad()
+def answer_by_each(
+    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: list[list[str]], samplings: list[Sampling],
+    max_t: int = 60, seed: int = 0, at_once: int | None = None, told: Callable[[float], Any] = lambda _: None,
+) -> list[list[Reply]]:  # fmt: skip
+    """What `answer` says with each of `samplings`, with the same random numbers. A prompt is read once for all.
+    `told` hears the share of the replies that have ended."""
     roles, was_training = find_roles(tokenizer), model.training
     room = model.config.max_position_embeddings - max_t
     prompts = [[*_newest(encode_dialogue(tokenizer, turns), room), roles.bot] for turns in contexts]
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    said: dict[int, list[int]] = {}
-    at_once = batch_size
+    said: dict[tuple[int, int], Drawn] = {}
+    width = max(map(len, prompts), default=0) + max_t
+    size = (at_once or CACHE_BYTES // (width * _cache_bytes(model.config))) // len(samplings) or 1
     model.eval()
     while waiting:
-        part = waiting[:at_once]
+        part = waiting[:size]
         try:
-            said |= _side_by_side(model, tokenizer, {index: prompts[index] for index in part}, sampling, max_t, seed)
+            asked = {index: prompts[index] for index in part}
+            for drawn in _side_by_side(model, tokenizer, asked, samplings, max_t, seed):
+                told((len(said) + sum(each.ended for each in drawn.values())) / (len(prompts) * len(samplings)))
+            said |= drawn
         except Exception as error:
-            if at_once == 1 or not machine.is_out_of_memory(error):
+            if size == 1 or not machine.is_out_of_memory(error):
                 raise
-            at_once = len(part) // 2 or 1
+            size = len(part) // 2 or 1
             machine.release_memory()
             continue
-        waiting = waiting[at_once:]
+        waiting = waiting[size:]
     model.train(was_training)
-    found = []
-    for index in range(len(prompts)):
-        ended = said[index][-1:] == [roles.end]
-        found.append(Reply(decode_reply(tokenizer, said[index][: len(said[index]) - ended]), ended))
-    return found
+
+    def reply(drawn: Drawn) -> Reply:
+        tokens = drawn.tokens[: len(drawn.tokens) - drawn.ended]
+        return Reply(decode_reply(tokenizer, tokens), drawn.ended, drawn.nats)
+
+    return [[reply(said[index, by]) for index in range(len(prompts))] for by in range(len(samplings))]
 
 
 def _side_by_side(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: dict[int, list[int]], sampling: Sampling, max_t: int,
-    seed: int,
-) -> dict[int, list[int]]:  # fmt: skip
-    """Prompts of ids by index, shortest first -> drawn ids, <END> included. A reply that has ended leaves the batch."""
-    roles = find_roles(tokenizer)
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: dict[int, list[int]], samplings: list[Sampling],
+    max_t: int, seed: int,
+) -> Iterator[dict[tuple[int, int], Drawn]]:  # fmt: skip
+    """Prompts of ids by index, shortest first -> what was drawn for each of them by each sampling, so far, after each
+    token. A reply that has ended leaves the batch."""
+    roles, times = find_roles(tokenizer), len(samplings)
     forbidden = never_drawn(tokenizer, model.get_output_embeddings().weight.shape[0])
-    chance = {index: torch.Generator().manual_seed(seed * 1_000_003 + index) for index in prompts}
-    said: dict[int, list[int]] = {index: [] for index in prompts}
+    talking = [(index, by) for index in prompts for by in range(times)]
+    said = {(index, by): Drawn(torch.Generator().manual_seed(seed * 1_000_003 + index)) for index, by in talking}
     spoken = {index: without_roles(prompt, roles) for index, prompt in prompts.items()}
-    talking, width = list(prompts), max(map(len, prompts.values()))
+    width = max(map(len, prompts.values()))
     padding = torch.tensor([[width - len(prompt)] for prompt in prompts.values()])
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts.values()])
     mask = (torch.arange(width) >= padding).long()  # (B, width): padding stands on the left
     cache = DynamicCache(config=model.config)
     for _ in range(max_t):
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        # As an index: a slice of several rows is not in one piece, and a CPU would copy the head for each of them.
+        last = torch.tensor([ids.shape[1] - 1], device=model.device)
         logits = model(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-            position_ids=positions.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=1,
+            position_ids=positions.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=last,
         ).logits[:, -1].float().cpu()  # fmt: skip
-        for index, row in zip(talking, logits, strict=True):
-            choice = candidates(row, sampling, spoken[index] + said[index], forbidden)
-            said[index].append(draw(choice, chance[index]))
-        going = [place for place, index in enumerate(talking) if said[index][-1] != roles.end]
+        if len(logits) < len(talking):  # the prompts were read
+            logits, mask = logits.repeat_interleave(times, 0), mask.repeat_interleave(times, 0)
+            cache.batch_repeat_interleave(times)
+        for of, row, log_sum in zip(talking, logits, logits.logsumexp(1), strict=True):
+            (index, by), drawn = of, said[of]
+            choice = candidates(row, samplings[by], spoken[index] + drawn.tokens, forbidden)
+            drawn.tokens.append(draw(choice, drawn.chance))
+            drawn.nats += float(row[drawn.tokens[-1]] - log_sum)
+            drawn.ended = drawn.tokens[-1] == roles.end
+        yield said
+        going = [place for place, of in enumerate(talking) if not said[of].ended]
         if not going:
-            break
+            return
         if len(going) < len(talking):
             talking, mask = [talking[place] for place in going], mask[going]
             cache.batch_select_indices(torch.tensor(going, device=model.device))
-        ids = torch.tensor([[said[index][-1]] for index in talking])
+        ids = torch.tensor([[said[of].tokens[-1]] for of in talking])
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-    return said
+
+
+def _cache_bytes(config: Any) -> int:
+    """What keys and values of one token take, at most two bytes a number."""
+    heads, queries = getattr(config, "num_key_value_heads", None), config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return 4 * config.num_hidden_layers * (heads or queries) * size
 
 
 def _newest(turns: list[list[int]], room: int) -> list[int]:

@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dialogue.chat.batch import Reply, answer
+from dialogue.chat.batch import Reply, answer_by_each
 from dialogue.chat.sampling import CHAT, Sampling
 from dialogue.data.corpus import Dialogues
-from dialogue.measure.listening import mutual_information
+from dialogue.measure.listening import mutual_information, our_format, score_replies
 from dialogue.measure.replies import find_contexts, measure
 
-# What is tried beside the defaults: one line after the other, each with the best of those before it. Top-k and top-p
-# stay: they matter little where the temperature is low.
-SWEEP: tuple[tuple[dict[str, Any], ...], ...] = (
-    tuple({"temp": temp, "repetition_penalty": 1.06} for temp in (0.0, 0.3, 0.5, 0.8)),
-    ({"repetition_penalty": 1.03}, {"repetition_penalty": 1.12}),
+# What is tried beside the defaults. Top-k and top-p stay: they matter little where the temperature is low.
+SWEEP: tuple[dict[str, Any], ...] = (
+    *({"temp": temp, "repetition_penalty": 1.06} for temp in (0.0, 0.3, 0.5, 0.8)),
+    *({"temp": temp, "repetition_penalty": 1.12} for temp in (0.3, 0.5)),
 )
 
 Figures = dict[str, float]
@@ -60,26 +59,24 @@ def fit(
     """
     # Short ones: most of the time goes into replies.
     found = find_contexts(dialogues, contexts // 2 if known else contexts, seed, longest=3)
-    turns, tries = [context.turns for context in found], itertools.count()
-    sweep = ((vars(known),),) if known else SWEEP
-
-    def figures(replies: list[Reply]) -> Figures:
-        fits = mutual_information(model, tokenizer, turns, [reply.text for reply in replies])
-        of_all = measure(replies, [asked[-1] for asked in turns])(np.arange(len(replies)))
-        return {**of_all, "mutual_information": fits}
-
-    def tried(sampling: Sampling) -> Figures:
-        told("sampler", next(tries) / (1 + sum(map(len, sweep))))
-        return figures(answer(model, tokenizer, turns, sampling, max_t, seed))
-
-    human = figures([Reply(context.human, True) for context in found])
-    best, best_figures = CHAT, tried(CHAT)
-    defaults = best_figures
-    for changes in sweep if defaults["share_that_ends"] > 0.5 else ():
-        for sampling in [dataclasses.replace(best, **change) for change in changes]:
-            new = tried(sampling)
-            if cost(new, human) < cost(best_figures, human):
-                best, best_figures = sampling, new
+    turns, people = [context.turns for context in found], [context.human for context in found]
+    samplings = [CHAT, *([known] if known else [dataclasses.replace(CHAT, **changes) for changes in SWEEP])]
+    told("sampler", 0)
+    drawn = lambda share: told("sampler", 0.7 * share)  # noqa: E731
+    replies = answer_by_each(model, tokenizer, turns, samplings, max_t, seed, told=drawn)
+    scores = score_replies(model, our_format(tokenizer), turns, people, [[place] for place in range(len(people))])
+    replies.append([Reply(text, True, float(nats)) for text, [nats] in zip(people, scores, strict=True)])
+    said = list(itertools.chain(*replies))
+    nats = np.array([reply.nats for reply in said])
+    fits = mutual_information(model, tokenizer, [reply.text for reply in said], nats).reshape(len(replies), -1)
+    every = [
+        {**measure(of, [asked[-1] for asked in turns])(np.arange(len(turns))), "mutual_information": float(fit.mean())}
+        for of, fit in zip(replies, fits, strict=True)
+    ]
+    human, defaults = every[-1], every[0]
+    chosen = min(range(len(samplings)), key=lambda number: cost(every[number], human))
+    chosen *= defaults["share_that_ends"] > 0.5
+    best, best_figures = samplings[chosen], every[chosen]
     told("sampler", 1)
     named = {"people": human, "defaults": defaults, "fitted": best_figures}
     return Fitted(best, max_t, {who: {**of, "cost": cost(of, human)} for who, of in named.items()}, len(found))

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dialogue.chat import drafts
 from dialogue.chat.batch import CHAT, Reply, answer
+from dialogue.chat.drafts import SideBySide, side_by_side
 from dialogue.chat.rerank import LAMBDA, NOTHING
 from dialogue.chat.sampling import Sampling
 from dialogue.data.corpus import Dialogues
-from dialogue.data.packing import IGNORED, Row
-from dialogue.measure.likelihood import Estimate, bootstrap, nats_of_each
+from dialogue.measure.likelihood import Estimate, bootstrap
 from dialogue.measure.loss import hidden_states
 from dialogue.measure.replies import Context, measure
 from dialogue.models import context_length
@@ -31,6 +30,7 @@ from dialogue.prompt import encode_dialogue, encode_text, find_roles
 
 CHOICES = 20
 LONGEST = 7  # turns of a context, at most
+TOKENS = 768  # that are read at once
 TIED = 1e-3  # nats: what differs by less is equally likely, rounding apart
 
 Lent = dict[str, Callable[[], AbstractContextManager[Any]]]  # who -> what lends their model, one at a time
@@ -72,30 +72,46 @@ def judge_format(base: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBa
 def score_replies(
     model: Any, style: Format, contexts: Dialogues, replies: list[str], wanted: list[list[int]], at_once: int = 32
 ) -> list[np.ndarray]:
-    """For each context, log p(reply | context) in nats of the replies whose indices are `wanted` for it, float64."""
+    """For each context, log p(reply | context) in nats of the replies whose indices are `wanted` for it, float64.
+    Up to `at_once` replies share a row in which their context is read once."""
     was_training, room = model.training, context_length(model.config)
     model.eval()
     said = [style.reply(text)[: room // 2] for text in replies]
-    found = []
-    for turns, indices in zip(contexts, wanted, strict=True):
+    rows: list[tuple[int, list[int], SideBySide]] = []
+    for number, (turns, indices) in enumerate(zip(contexts, wanted, strict=True)):
         prompt = style.prompt(turns)[-(room // 2) :]
         parts = [indices[start : start + at_once] for start in range(0, len(indices), at_once)]
-        scores = [_score_side_by_side(model, prompt, [said[index] for index in part]) for part in parts]
-        found.append(np.concatenate(scores) if scores else np.zeros(0))
+        rows += [(number, part, side_by_side(prompt, [said[index] for index in part])) for part in parts]
+    rows.sort(key=lambda row: len(row[2].ids))
+    scores: dict[tuple[int, int], float] = {}
+    while rows:
+        size = max(1, TOKENS // len(rows[-1][2].ids))
+        rows, batch = rows[:-size], rows[-size:]
+        for (number, part, _), nats in zip(batch, _score_rows(model, [row for _, _, row in batch]), strict=True):
+            scores |= {(number, index): score for index, score in zip(part, nats, strict=True)}
     model.train(was_training)
-    return found
+    return [np.array([scores[number, index] for index in indices]) for number, indices in enumerate(wanted)]
 
 
-def _score_side_by_side(model: Any, prompt: list[int], said: list[list[int]]) -> np.ndarray:
-    """(N,) nats: log-probabilities of N continuations of `prompt`, which is read once."""
-    row = drafts.side_by_side(prompt, said)
-    inputs = {name: torch.tensor([of], device=model.device) for name, of in
-              (("input_ids", row.ids), ("position_ids", row.positions))}  # fmt: skip
-    mask = torch.zeros(row.sees.shape, dtype=model.dtype).masked_fill(~row.sees, torch.finfo(model.dtype).min)
-    hidden = hidden_states(model, inputs, mask.to(model.device)[None, None])[0]
-    logits = model.get_output_embeddings()(hidden[[place for at in row.before for place in at]]).float()
-    nats = torch.nn.functional.cross_entropy(logits, inputs["input_ids"][0, len(prompt) :], reduction="none").double()
-    return -np.array([part.sum().item() for part in nats.split([len(each) for each in said])])
+def _score_rows(model: Any, rows: list[SideBySide]) -> list[list[float]]:
+    """Log-probabilities, in nats, of the replies in each row."""
+    device, width = model.device, max(len(row.ids) for row in rows)
+    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
+    sees = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself: a mean of nothing is NaN
+    places, targets = [], []
+    for number, row in enumerate(rows):
+        size, start = len(row.ids), row.before[0][0] + 1
+        ids[number, :size], positions[number, :size] = torch.tensor(row.ids), torch.tensor(row.positions)
+        sees[number, :size, :size] = row.sees
+        places += [number * width + place for reply in row.before for place in reply]
+        targets += row.ids[start:]
+    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
+    inputs = {"input_ids": ids.to(device), "position_ids": positions.to(device)}
+    hidden = hidden_states(model, inputs, mask.to(device)[:, None]).flatten(0, 1)
+    logits = model.get_output_embeddings()(hidden[places]).float()
+    nats = -torch.nn.functional.cross_entropy(logits, torch.tensor(targets, device=device), reduction="none").double()
+    of_each = iter(nats.split([len(reply) for row in rows for reply in row.before]))
+    return [[next(of_each).sum().item() for _ in row.before] for row in rows]
 
 
 def deal(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -140,22 +156,16 @@ def true_replies(
 
 
 def mutual_information(
-    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Dialogues, replies: list[str]
-) -> float:
-    """The mean of log p(reply | context) - `LAMBDA` log p(reply | nothing), in nats a token of the reply.
+    model: Any, tokenizer: PreTrainedTokenizerBase, replies: list[str], nats: np.ndarray
+) -> np.ndarray:
+    """(N,): log p(reply | context) - `LAMBDA` log p(reply | nothing), in nats a token, of N replies whose
+    log p(reply | context) is `nats` (N,).
 
     By this the chat chooses among candidates. It falls where replies get wild, and where they fit everywhere.
     """
-    style, room, was_training = our_format(tokenizer), context_length(model.config) // 2, model.training
-    rows: list[Row] = []
-    for turns, reply in zip([*contexts, *([NOTHING] for _ in replies)], [*replies, *replies], strict=True):
-        prompt, said = style.prompt(turns)[-room:], style.reply(reply)[:room]
-        labels = [IGNORED] * len(prompt) + said
-        rows.append({"input_ids": prompt + said, "labels": labels, "position_ids": list(range(len(labels)))})
-    model.eval()
-    (after, alone), lengths = (part.reshape(2, -1) for part in nats_of_each(model, rows).T)
-    model.train(was_training)
-    return float(((LAMBDA * alone - after) / lengths[0]).mean())
+    style = our_format(tokenizer)
+    lengths = np.array([len(style.reply(reply)) for reply in replies])
+    return (nats - LAMBDA * _without_context(model, style, replies)) / lengths
 
 
 def _without_context(model: Any, style: Format, replies: list[str]) -> np.ndarray:

@@ -35,7 +35,7 @@ from dialogue.prompt import find_roles
 # (Dettmers et al. 2022, "LLM.int8()", table 1). Beyond these something is wrong.
 MAX_PERPLEXITY_CHANGE = {"int8": 0.02, "16-bit": 0.005}
 MAX_KL = {"int8": 0.05, "16-bit": 0.005}  # nats a token
-AT_ONCE = 4  # dialogues in a forward pass
+AT_ONCE = 16  # dialogues in a forward pass
 CHAT_ROWS = 15  # dialogues that the chat's engine is tried on
 
 
