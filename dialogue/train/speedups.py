@@ -66,20 +66,21 @@ def _lora_forward(layer: Any, x: Tensor, *args: Any, **keywords: Any) -> Tensor:
     """(B, T, in) -> (B, T, out): x W + (x A) B * scaling, in training with A and B cast to x's dtype. PEFT casts x to
     theirs, float32: more to compute, and a copy of x to keep.
 
-    PEFT's own forward pass serves evaluation, whose figures then hold for the adapters as they are saved: after few
-    steps all entries of B have about one size, and bfloat16 rounds all of them the same way.
+    In evaluation A and B stay as they will be saved, so that its figures hold for these: after few steps all entries of
+    B have about one size, and bfloat16 rounds all of them the same way.
     """
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
     plain = not (layer.disable_adapters or layer.merged or layer.lora_variant or args or keywords)
-    if not layer.training or not plain or len(adapters) != 1 or layer.lora_bias[adapters[0]]:
+    if not plain or len(adapters) != 1 or layer.lora_bias[adapters[0]]:
         return type(layer).forward(layer, x, *args, **keywords)
     [adapter] = adapters
-    result = layer.base_layer(x)
-    down = layer.lora_A[adapter].weight.to(x.dtype)
-    up = layer.lora_B[adapter].weight.to(x.dtype)
-    narrow = linear(layer.lora_dropout[adapter](x), down).flatten(0, -2)
+    result, down, up = layer.base_layer(x), layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if not layer.training:
+        return result.add_(linear(linear(x.to(down.dtype), down).mul_(layer.scaling[adapter]), up))
+    narrow = linear(layer.lora_dropout[adapter](x), down.to(x.dtype)).flatten(0, -2)
     flat = result.flatten(0, -2)
-    return torch.addmm(flat, narrow.to(flat.dtype), up.T.to(flat.dtype), alpha=layer.scaling[adapter]).view_as(result)
+    up = up.T.to(flat.dtype)
+    return torch.addmm(flat, narrow.to(flat.dtype), up, alpha=layer.scaling[adapter]).view_as(result)
 
 
 def _rows_forward(layer: Any, x: Tensor) -> Tensor:
@@ -208,17 +209,17 @@ class _Moved(torch.autograd.Function):
 @functools.lru_cache(maxsize=1)  # all layers ask for the same mask
 def _layout(mask: Tensor | None, batch: int, width: int) -> tuple[Tensor, Tensor, list[tuple[int, int]]] | None:
     """(place of each token, token of each place, how many dialogues of which length): the tokens (B x T) when dialogues
-    of about one length lie side by side, each filled up to the longest of its group. A place that is filled up has the
-    token B x T, which is none; it comes after its dialogue, so no token of that sees it. None for other masks."""
+    of about one length lie side by side, each filled up to the longest of its group, and that to a multiple of 16: the
+    fewer shapes, the less their products have to be prepared. A place that is filled up has the token B x T, which is
+    none; it comes after its dialogue, so no token of that sees it. None for other masks."""
     lengths = _dialogue_lengths(mask, batch, width)
     if lengths is None:
         return None
     groups: list[tuple[int, int]] = []
     begins, end = [0] * len(lengths), 0
     for dialogue in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        number, longest = (
-            groups.pop() if groups and lengths[dialogue] >= 0.7 * groups[-1][1] else (0, lengths[dialogue])
-        )
+        joins = groups and lengths[dialogue] >= 0.7 * groups[-1][1]
+        number, longest = groups.pop() if joins else (0, -(-lengths[dialogue] // 16) * 16)
         groups.append((number + 1, longest))
         begins[dialogue], end = end, end + longest
     places = torch.cat([torch.arange(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)])
