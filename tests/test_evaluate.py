@@ -288,6 +288,16 @@ def test_the_judge_finds_replies_that_fit_and_parrots_are_caught():
     assert [figures[who]["share_that_is_said_again"] for who in said] == [0, 1, 0]
 
 
+def test_what_a_reply_gets_anyway_by_hand():
+    drawn = np.array([[0, 1, 2], [1, 2, 3], [2, 3, 0], [3, 0, 1]])
+    scores = np.log([[0.9, 0.1, 0.2], [0.8, 0.3, 0.4], [0.7, 0.5, 0.6], [0.6, 0.2, 0.4]])
+    # Reply 1 for context 0: its own is 1, so only 3 is left. Reply 3 for context 1: only 2 is.
+    found = listening.elsewhere(scores, drawn)
+    assert found[0] == pytest.approx(np.log([(0.6 + 0.2) / 2, 0.4, 0.3]))
+    assert found[1] == pytest.approx(np.log([(0.1 + 0.4) / 2, 0.2, 0.5]))
+    assert listening.elsewhere(scores[:2, :1], np.array([[0], [1]])) == pytest.approx(0.0)
+
+
 def test_replies_are_scored_as_transformers_scores_them(base):
     model, tokenizer = base
     style, texts = listening.our_format(tokenizer), ["Yes.", "", "I would like a cup of tea, please.", "No!"]
