@@ -2,6 +2,7 @@
 
     python -m benchmarks.settings                    all of them; prints a table
     python -m benchmarks.settings --only "all projections, r 16"    one of them
+    python -m benchmarks.settings --dataset FOLDER                  on other dialogues: DailyDialog's release
 
 Judged is whether the model listens: whether it finds the true reply among 20, whether the untuned base finds the
 context of its replies among 20, and how often it parrots, loops, or says the same to different messages.
@@ -60,11 +61,11 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def train(change: dict[str, Any], dialogues: int, folder: str) -> tuple[Any, Any, trainer.Trained, int]:
+def train(change: dict[str, Any], dataset: str, dialogues: int, folder: str) -> tuple[Any, Any, trainer.Trained, int]:
     """The model with adapters, its tokenizer, how its training went, and how many tokens that were."""
     run = options.resolve(
-        ["--preset", "starter", "--max_train_dialogues", str(dialogues), "--output_dir", folder, "--yes",
-         "--save_strategy", "no", "--eval_strategy", "no", *change.get("flags", [])],
+        ["--preset", "starter", "--dataset", dataset, "--max_train_dialogues", str(dialogues), "--output_dir", folder,
+         "--yes", "--save_strategy", "no", "--eval_strategy", "no", *change.get("flags", [])],
         script.presets, script.lora_config, script.quant_config, script.training_args,
         **{name: getattr(script, name) for name in ("base_model", "dataset", "max_train_dialogues", "max_length",
            "learn", "bot", "silence", "adapter_dir", "merged_dir", "early_stopping_patience")},
@@ -88,18 +89,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dialogues", type=int, default=300, help="training dialogues a row (default: %(default)s)")
     parser.add_argument("--contexts", type=int, default=80, help="of the test split (default: %(default)s)")
+    parser.add_argument("--dataset", default=script.presets["starter"]["dataset"], help="(default: %(default)s)")
     parser.add_argument("--only", choices=VARIATIONS, metavar="NAME")
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
     machine.keep_freed_memory(True)
-    test = sources.load_corpus(script.presets["starter"]["dataset"]).test
+    test = corpus.without_leaks(sources.load_corpus(flags.dataset)).test
     contexts = find_contexts(test, flags.contexts, 0, shortest=3, longest=listening.LONGEST)
     turns, messages = [context.turns for context in contexts], [context.turns[-1] for context in contexts]
     said, table = {"people": [Reply(context.human, True) for context in contexts]}, []
     for name in [flags.only] if flags.only else VARIATIONS:
         with tempfile.TemporaryDirectory() as folder:
             start = time.process_time()
-            model, tokenizer, trained, tokens = train(VARIATIONS[name], flags.dialogues, folder)
+            model, tokenizer, trained, tokens = train(VARIATIONS[name], flags.dataset, flags.dialogues, folder)
             seconds = time.process_time() - start
         found = listening.true_replies(model, tokenizer, contexts, 0)["share_of_true_replies_found"].mean()
         said |= {f"{name} {sampling.temp:g}": answer(model, tokenizer, turns, sampling) for sampling in (CHAT, COLD)}
