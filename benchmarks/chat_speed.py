@@ -247,12 +247,18 @@ def start(command: list[str]) -> tuple[subprocess.Popen[str], float | None] | No
 
 
 def make(process: subprocess.Popen[str], count: int) -> tuple[float, float]:
-    """Let a contender make `count` tokens; tokens a second, CPU seconds a token."""
+    """Let a contender make `count` tokens; seconds, and CPU seconds."""
     assert process.stdin
     assert process.stdout
     print(count, file=process.stdin, flush=True)
     seconds, worked = json.loads(process.stdout.readline())
-    return count / seconds, worked / count
+    return seconds, worked
+
+
+def rates(process: subprocess.Popen[str], count: int) -> tuple[float, float, float]:
+    """Of `count` tokens: tokens a second; the same after the first token; CPU seconds a token."""
+    (first, _), (seconds, worked) = make(process, 1), make(process, count)
+    return count / seconds, (count - 1) / (seconds - first), worked / count
 
 
 def main() -> None:
@@ -288,7 +294,7 @@ def main() -> None:
                 processes[title], quality[title] = started
             else:
                 print(f"{title}: not measured (not installed)", file=sys.stderr)
-        figures: dict[str, list[tuple[float, float]]] = {title: [] for title in processes}
+        figures: dict[str, list[tuple[float, float, float]]] = {title: [] for title in processes}
         for title, process in list(processes.items()):
             try:
                 make(process, 2)
@@ -298,20 +304,21 @@ def main() -> None:
         for _ in range(flags.rounds):
             for title, process in processes.items():
                 few = max(2, flags.tokens // 8)
-                figures[title].append(make(process, few if title.startswith("original") else flags.tokens))
+                figures[title].append(rates(process, few if title.startswith("original") else flags.tokens))
     for process in processes.values():
         process.communicate()
     read = {device: bandwidth(device) for device in ("cpu", "cuda") if device == "cpu" or torch.cuda.is_available()}
     print(f"{flags.model}: {parameters / 1e6:.0f} M parameters, {flags.threads} threads, reading "
           + ", ".join(f"{rate / 1e9:.1f} GB/s ({device})" for device, rate in read.items()))  # fmt: skip
-    print("| | tokens/s | CPU ms a token | share of the limit | perplexity |\n|---|---|---|---|---|")
+    print("| | tokens/s | after the first token | share of the limit | CPU ms a token | perplexity |")
+    print("|---" * 6 + "|")
     for title, found in figures.items():
-        rate, worked = (statistics.median(values) for values in zip(*found, strict=True))
+        rate, later, worked = (statistics.median(values) for values in zip(*found, strict=True))
         bits = next((bits for name, bits in BITS.items() if title.endswith(name)), None)
         limit = read["cuda" if "CUDA" in title else "cpu"]
-        share = f"{rate * parameters * bits / 8 / limit:.0%}" if bits else ""
+        share = f"{later * parameters * bits / 8 / limit:.0%}" if bits else ""
         score = f"{quality[title]:.3f}" if quality[title] else ""
-        print(f"| {title} | {rate:.1f} | {worked * 1e3:.1f} | {share} | {score} |")
+        print(f"| {title} | {rate:.1f} | {later:.1f} | {share} | {worked * 1e3:.1f} | {score} |")
     if not torch.cuda.is_available():
         print("CUDA: not measured (no device)")
 
