@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from dialogue import machine
-from dialogue.chat.sampling import CHAT, Sampling, candidates, draw
+from dialogue.chat.sampling import CHAT, Draft, Sampling
 from dialogue.prompt import decode_reply, encode_dialogue, find_roles, never_drawn, without_roles
 
 CACHE_BYTES = 1_000_000_000  # that keys and values of replies drawn side by side may take
@@ -22,16 +22,6 @@ class Reply:
     text: str
     ended: bool  # by <END>, before the limit
     nats: float = field(default=0.0, compare=False)  # log p(reply | context) by the model alone, where it was drawn
-
-
-@dataclass
-class Drawn:
-    """A reply that is being drawn."""
-
-    chance: torch.Generator
-    tokens: list[int] = field(default_factory=list)  # <END> among them
-    nats: float = 0.0
-    ended: bool = False
 
 
 def answer(
@@ -58,7 +48,7 @@ def answer_by_each(
     room = model.config.max_position_embeddings - max_t
     prompts = [[*_newest(encode_dialogue(tokenizer, turns), room), roles.bot] for turns in contexts]
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    said: dict[tuple[int, int], Drawn] = {}
+    said: dict[tuple[int, int], Draft] = {}
     width = max(map(len, prompts), default=0) + max_t
     size = (at_once or CACHE_BYTES // (width * _cache_bytes(model.config))) // len(samplings) or 1
     model.eval()
@@ -67,7 +57,8 @@ def answer_by_each(
         try:
             asked = {index: prompts[index] for index in part}
             for drawn in _side_by_side(model, tokenizer, asked, samplings, max_t, seed):
-                told((len(said) + sum(each.ended for each in drawn.values())) / (len(prompts) * len(samplings)))
+                ended = sum(draft.tokens[-1] == roles.end for draft in drawn.values())
+                told((len(said) + ended) / (len(prompts) * len(samplings)))
             said |= drawn
         except Exception as error:
             if size == 1 or not machine.is_out_of_memory(error):
@@ -78,9 +69,9 @@ def answer_by_each(
         waiting = waiting[size:]
     model.train(was_training)
 
-    def reply(drawn: Drawn) -> Reply:
-        tokens = drawn.tokens[: len(drawn.tokens) - drawn.ended]
-        return Reply(decode_reply(tokenizer, tokens), drawn.ended, drawn.nats)
+    def reply(draft: Draft) -> Reply:
+        ended = draft.tokens[-1] == roles.end
+        return Reply(decode_reply(tokenizer, draft.tokens[: len(draft.tokens) - ended]), ended, draft.nats)
 
     return [[reply(said[index, by]) for index in range(len(prompts))] for by in range(len(samplings))]
 
@@ -88,13 +79,16 @@ def answer_by_each(
 def _side_by_side(
     model: Any, tokenizer: PreTrainedTokenizerBase, prompts: dict[int, list[int]], samplings: list[Sampling],
     max_t: int, seed: int,
-) -> Iterator[dict[tuple[int, int], Drawn]]:  # fmt: skip
+) -> Iterator[dict[tuple[int, int], Draft]]:  # fmt: skip
     """Prompts of ids by index, shortest first -> what was drawn for each of them by each sampling, so far, after each
     token. A reply that has ended leaves the batch."""
     roles, times = find_roles(tokenizer), len(samplings)
     forbidden = never_drawn(tokenizer, model.get_output_embeddings().weight.shape[0])
     talking = [(index, by) for index in prompts for by in range(times)]
-    said = {(index, by): Drawn(torch.Generator().manual_seed(seed * 1_000_003 + index)) for index, by in talking}
+    said = {
+        (index, by): Draft(samplings[by], torch.Generator().manual_seed(seed * 1_000_003 + index))
+        for index, by in talking
+    }
     spoken = {index: without_roles(prompt, roles) for index, prompt in prompts.items()}
     width = max(map(len, prompts.values()))
     padding = torch.tensor([[width - len(prompt)] for prompt in prompts.values()])
@@ -113,13 +107,9 @@ def _side_by_side(
             logits, mask = logits.repeat_interleave(times, 0), mask.repeat_interleave(times, 0)
             cache.batch_repeat_interleave(times)
         for of, row, log_sum in zip(talking, logits, logits.logsumexp(1), strict=True):
-            (index, by), drawn = of, said[of]
-            choice = candidates(row, samplings[by], spoken[index] + drawn.tokens, forbidden)
-            drawn.tokens.append(draw(choice, drawn.chance))
-            drawn.nats += float(row[drawn.tokens[-1]] - log_sum)
-            drawn.ended = drawn.tokens[-1] == roles.end
+            said[of].draw(row, log_sum, spoken[of[0]], forbidden)
         yield said
-        going = [place for place, of in enumerate(talking) if not said[of].ended]
+        going = [place for place, of in enumerate(talking) if said[of].tokens[-1] != roles.end]
         if not going:
             return
         if len(going) < len(talking):

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -11,21 +10,11 @@ from torch import Tensor
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import Model
 from dialogue.chat.rerank import Candidate, fault, rank
-from dialogue.chat.sampling import Sampling, candidates, draw
+from dialogue.chat.sampling import Draft, Sampling
 from dialogue.errors import UserError
 from dialogue.prompt import decode_reply, without_roles
 
 AT_ONCE = 512  # tokens whose logits are computed together
-
-
-@dataclass
-class Draft:
-    """A reply that is being drawn."""
-
-    sampling: Sampling
-    chance: torch.Generator
-    tokens: list[int] = field(default_factory=list)  # <END> among them
-    nats: float = 0.0  # their log-probability, by the model alone
 
 
 def decoder_of(model: Model) -> Decoder:
@@ -54,10 +43,7 @@ def write(
             logits = decoder.branch([drafts[slot].tokens[-1] for slot in live], live, step - 1, count)
         logits = logits.cpu()
         for slot, row, log_sum in zip(live, logits, logits.logsumexp(1), strict=True):
-            draft = drafts[slot]
-            choice = candidates(row, draft.sampling, spoken + draft.tokens, model.forbidden)
-            draft.tokens.append(draw(choice, draft.chance))
-            draft.nats += float(row[draft.tokens[-1]] - log_sum)
+            drafts[slot].draw(row, log_sum, spoken, model.forbidden)
         yield drafts
         live = [slot for slot in live if drafts[slot].tokens[-1] != model.roles.end]
         if not live:

@@ -6,7 +6,7 @@ tensors; nothing here knows a model or a tokenizer, or changes the logits that i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +112,23 @@ def draw(choice: Candidates, generator: torch.Generator | None = None) -> int:
     """One token id. `generator` lives on the CPU, so that a seed means the same on every device."""
     place = int(torch.multinomial(choice.probabilities.cpu(), 1, generator=generator))
     return int(choice.ids[place])
+
+
+@dataclass
+class Draft:
+    """A reply that is being drawn."""
+
+    sampling: Sampling
+    chance: torch.Generator
+    tokens: list[int] = field(default_factory=list)
+    nats: float = 0.0  # their log-probability, by the model alone
+
+    def draw(self, logits: Tensor, log_sum: Tensor, spoken: list[int], forbidden: Sequence[int]) -> int:
+        """The next token, from logits (V,) whose `logsumexp` is given. `spoken` was said before the reply."""
+        choice = candidates(logits, self.sampling, spoken + self.tokens, forbidden)
+        self.tokens.append(draw(choice, self.chance))
+        self.nats += float(logits[self.tokens[-1]] - log_sum)
+        return self.tokens[-1]
 
 
 class Explained(NamedTuple):
