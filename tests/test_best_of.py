@@ -217,3 +217,11 @@ def test_where_nobody_says_a_small_model_on_a_cpu_draws_eight(models):
         patch.setattr(models["float32"].engine, "parameters", 1_500_000_000)
         list(big.reply("Hello there", 8, Sampling(temp=0.8), best_of=0))
     assert len(big.candidates) == 4
+
+
+def test_neither_speakers_words_are_to_be_said_again(models, monkeypatch):
+    talk, ranked, heard = Conversation(models["float32"], seed=9), drafts.ranked, []
+    monkeypatch.setattr(drafts, "ranked", lambda *given: heard.append(given[3]) or ranked(*given))
+    talk.restore([{"role": "user", "content": "Thanks."}, {"role": "assistant", "content": "Welcome!"}])
+    list(talk.reply("Goodbye!", 8, Sampling(temp=0.8), best_of=2))
+    assert heard == [["Goodbye!", "Thanks.", "Welcome!"]]

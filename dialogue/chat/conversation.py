@@ -71,7 +71,7 @@ class Conversation:
         try:
             with self.model.alone():
                 if count > 1 and sampling.temp > 0:
-                    earlier = [message, *(decode_reply(self.tokenizer, each[1:-1]) for each in kept[1::2])]
+                    earlier = [message, *(decode_reply(self.tokenizer, each[1:-1]) for each in kept)]
                     ranked = yield from self._best(prompt, earlier, most, sampling, count)
                     said += [*ranked[0].tokens, *([] if ranked[0].fault == "cut" else [self.roles.end])]
                     yield plain(ranked[0].text)

@@ -40,7 +40,7 @@ def rank(candidates: list[Candidate]) -> list[Candidate]:
 
 def fault(text: str, said: list[str], ended: bool) -> str:
     """What is wrong with a reply, in a word; "" where nothing is. `said`: what it must not say again, the message that
-    it answers and the earlier replies."""
+    it answers and what either speaker said before."""
     ours, before = words_of(text), [words_of(each) for each in said]
     threes, theirs = ngrams(ours, 3), {three for each in before for three in ngrams(each, 3)}
     if not ours:
