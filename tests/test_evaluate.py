@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -326,7 +327,13 @@ def test_the_judge_reads_its_own_chat_format_where_it_has_one(base, random_gpt2)
 def test_figures_of_a_model_with_adapters_stand_beside_its_bases(base, random_gpt2):
     model, tokenizer = lora.attach(copy.deepcopy(base[0]), script.lora_config, base[1]), base[1]
     plain, contexts = AutoTokenizer.from_pretrained(random_gpt2), find_contexts(TALK, 3, seed=0)
-    lent = listening.with_and_without_adapters(model)
+
+    @contextmanager
+    def without():
+        with model.disable_adapter():
+            yield model
+
+    lent = {"tuned": lambda: nullcontext(model), "base": without}
     found = listening.compare(lent, tokenizer, plain, contexts, max_t=4)
     assert found["tuned"] == found["base"]  # LoRA begins at nothing
     assert set(found["people"]) < set(found["base"]) and "share_of_replies_that_fit" in found["people"]

@@ -9,8 +9,8 @@ Plain log p(reply | context) prefers what fits everywhere, so what a reply gets 
 Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 4.1.
 """
 
-from collections.abc import Callable, Container, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Container
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,17 +227,6 @@ def compare(
         }
         for who in ("base", "tuned", "people")
     }
-
-
-def with_and_without_adapters(model: Any) -> Lent:
-    """What `compare` takes, of one PEFT model."""
-
-    @contextmanager
-    def without() -> Iterator[Any]:
-        with model.disable_adapter():
-            yield model
-
-    return {"tuned": lambda: nullcontext(model), "base": without}
 
 
 def shares(found: dict[str, np.ndarray], seed: int) -> dict[str, Estimate]:
