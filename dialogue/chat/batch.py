@@ -12,7 +12,7 @@ from dialogue import machine
 from dialogue.chat.sampling import CHAT, Draft, Sampling
 from dialogue.prompt import decode_reply, encode_dialogue, find_roles, never_drawn, without_roles
 
-CACHE_BYTES = 1_000_000_000  # that keys and values of replies drawn side by side may take
+CACHE_BYTES = 1_500_000_000  # that keys and values of replies drawn side by side may take: 48 of GPT-2-XL
 
 
 @dataclass(frozen=True)
