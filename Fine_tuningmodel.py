@@ -140,7 +140,7 @@ def fine_tune(run: options.Run, told: progress.Finishing) -> None:
     if begun.trained or run.teach:  # a stop came between the adapters and the merged model, or lessons come on top
         lora.load(model, run.adapters)
     if not begun.trained:
-        plan = planning.rehearse(model, tokenizer, prepared, run, fit)  # one real batch forward and backward
+        plan = planning.rehearse(model, tokenizer, prepared, run, fit)  # two real batches forward and backward
         show.example(console, tokenizer, plan.rows.train[-1])
         show.plan(console, plan, run, dialogues, model, load, before)
         if run.plan_only:
