@@ -1,4 +1,4 @@
-"""The plan of a run: a rehearsal of one real batch, and what it says about steps, time and memory."""
+"""The plan of a run: a rehearsal of two real batches, and what it says about steps, time and memory."""
 
 import math
 import sys
