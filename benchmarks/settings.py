@@ -94,7 +94,7 @@ def main() -> None:
     flags = parser.parse_args()
     transformers.logging.set_verbosity_error()
     machine.keep_freed_memory(True)
-    test = corpus.without_leaks(sources.load_corpus(flags.dataset)).test
+    test = sources.load_corpus(flags.dataset).test
     contexts = find_contexts(test, flags.contexts, 0, shortest=3, longest=listening.LONGEST)
     turns, messages = [context.turns for context in contexts], [context.turns[-1] for context in contexts]
     said, table = {"people": [Reply(context.human, True) for context in contexts]}, []

@@ -296,14 +296,19 @@ def test_what_a_reply_gets_anyway_by_hand():
     found = listening.elsewhere(scores, drawn)
     assert found[0] == pytest.approx(np.log([(0.6 + 0.2) / 2, 0.4, 0.3]))
     assert found[1] == pytest.approx(np.log([(0.1 + 0.4) / 2, 0.2, 0.5]))
-    assert listening.elsewhere(scores[:2, :1], np.array([[0], [1]])) == pytest.approx(0.0)
 
 
-def test_replies_are_scored_as_transformers_scores_them(base):
+def test_of_two_contexts_the_true_reply_is_not_found_by_their_number():
+    model, tokenizer = made(0.0)
+    assert listening.true_replies(model, tokenizer, CONTEXTS[:2], 1)["share_of_true_replies_found"].mean() == 0.5
+
+
+def test_replies_are_scored_as_transformers_scores_them(base, monkeypatch):
     model, tokenizer = base
+    monkeypatch.setattr(listening, "TOKENS", 30)  # a long reply has a row of its own
     style, texts = listening.our_format(tokenizer), ["Yes.", "", "I would like a cup of tea, please.", "No!"]
     contexts = [TALK[0][:3], ["Hi " * 30]]
-    found = listening.score_replies(model, style, contexts, texts, [[3, 0, 2, 1], [2]], at_once=2)
+    found = listening.score_replies(model, style, contexts, texts, [[3, 0, 2, 1], [2]])
     for turns, wanted, scores in zip(contexts, [[3, 0, 2, 1], [2]], found, strict=True):
         for index, score in zip(wanted, scores, strict=True):
             prompt, reply = style.prompt(turns), style.reply(texts[index])
@@ -368,14 +373,19 @@ def test_replies_to_their_own_messages_have_more_mutual_information():
     own, others = THINGS, [*THINGS[1:], THINGS[0]]
     style, each = listening.our_format(tokenizer), [[place] for place in range(len(own))]
 
-    def after(said: list[str]) -> np.ndarray:
-        return np.concatenate(listening.score_replies(model, style, turns, said, each))
-
-    more, less = (listening.mutual_information(model, tokenizer, said, after(said)) for said in (own, others))
-    assert more.mean() > less.mean() + 0.1
-    alone = np.concatenate(listening.score_replies(model, style, [[listening.NOTHING]] * len(own), own, each))
+    after, alone = (
+        np.concatenate(listening.score_replies(model, style, asked, own, each))
+        for asked in (turns, [[listening.NOTHING]] * len(own))
+    )
     lengths = [len(style.reply(text)) for text in own]
-    assert more == pytest.approx((after(own) - listening.LAMBDA * alone) / lengths, abs=1e-4)
+    said = [[Reply(text, True) for text in texts] for texts in (own, others)]
+    said.append([Reply(text, True, nats) for text, nats in zip(own, after - 1, strict=True)])  # as it was drawn
+    more, less, drawn = listening.mutual_information(model, tokenizer, turns, said)
+    assert more.mean() > less.mean() + 0.1
+    assert more == pytest.approx((after - listening.LAMBDA * alone) / lengths, abs=1e-4)
+    assert drawn == pytest.approx(more - 1 / np.array(lengths), abs=1e-4)
+    [[cut]] = listening.mutual_information(model, tokenizer, turns[:1], [[Reply(own[0], False)]])
+    assert cut != pytest.approx(more[0]), "<END> does not count where there is none"
 
 
 def test_several_settings_answer_together_as_each_alone():

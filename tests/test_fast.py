@@ -200,3 +200,11 @@ def test_a_product_in_8_bits_keeps_no_input(tmp_path):
         del doubled
         assert (input_kept() is not None) is keeps
         del y
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups"), [([20] * 20, [(20, 32)]), ([10, 10, 9, 8, 1], [(5, 16)]), ([24], [(1, 32)])]
+)
+def test_dialogues_of_about_one_length_share_their_products(lengths, groups):
+    blocks = [torch.ones(length, length, dtype=torch.bool).tril() for length in lengths]
+    assert speedups._layout(torch.block_diag(*blocks)[None, None].bool(), 1, sum(lengths))[2] == groups

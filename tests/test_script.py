@@ -171,7 +171,7 @@ def test_what_follows_the_last_step_is_said_with_the_time_that_is_left(capsys):
         told.began -= 1400
         told("sampler")
         (task,) = told.bar.tasks
-        assert task.fields["left"] == "36 min"  # 0.27 of all took 1400 s, 0.42 is left
+        assert task.fields["left"] == "28 min"  # 0.35 of all took 1400 s, 0.42 is left
     assert capsys.readouterr().err.splitlines() == [
         "after the last step: certificate: the trained model", "after the last step: sampler"
     ]  # fmt: skip

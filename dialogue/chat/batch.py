@@ -1,5 +1,6 @@
 """Replies to many contexts at once, drawn as the chat draws them."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -12,7 +13,7 @@ from dialogue import machine
 from dialogue.chat.sampling import CHAT, Draft, Sampling
 from dialogue.prompt import decode_reply, encode_dialogue, find_roles, never_drawn, without_roles
 
-CACHE_BYTES = 1_500_000_000  # that keys and values of replies drawn side by side may take: 48 of GPT-2-XL
+CACHE_BYTES = 1_500_000_000  # that keys and values of replies drawn side by side may take: 48 of 100 tokens in GPT-2-XL
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Reply:
 
     text: str
     ended: bool  # by <END>, before the limit
-    nats: float = field(default=0.0, compare=False)  # log p(reply | context) by the model alone, where it was drawn
+    nats: float = field(default=math.nan, compare=False)  # log p(reply | context) by the model, where it was drawn
 
 
 def answer(
@@ -49,11 +50,12 @@ def answer_by_each(
     prompts = [[*_newest(encode_dialogue(tokenizer, turns), room), roles.bot] for turns in contexts]
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     said: dict[tuple[int, int], Draft] = {}
-    width = max(map(len, prompts), default=0) + max_t
-    size = (at_once or CACHE_BYTES // (width * _cache_bytes(model.config))) // len(samplings) or 1
+    most, token = len(prompts), _cache_bytes(model)
     model.eval()
     while waiting:
-        part = waiting[:size]
+        width = len(prompts[waiting[:most][-1]]) + max_t
+        fit = at_once or CACHE_BYTES // (width * token)
+        part = waiting[: min(most, fit // len(samplings) or 1)]
         try:
             asked = {index: prompts[index] for index in part}
             for drawn in _side_by_side(model, tokenizer, asked, samplings, max_t, seed):
@@ -61,12 +63,12 @@ def answer_by_each(
                 told((len(said) + ended) / (len(prompts) * len(samplings)))
             said |= drawn
         except Exception as error:
-            if size == 1 or not machine.is_out_of_memory(error):
+            if len(part) == 1 or not machine.is_out_of_memory(error):
                 raise
-            size = len(part) // 2 or 1
+            most = len(part) // 2
             machine.release_memory()
             continue
-        waiting = waiting[size:]
+        waiting = waiting[len(part) :]
     model.train(was_training)
 
     def reply(draft: Draft) -> Reply:
@@ -119,11 +121,12 @@ def _side_by_side(
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
 
 
-def _cache_bytes(config: Any) -> int:
-    """What keys and values of one token take, at most two bytes a number."""
+def _cache_bytes(model: Any) -> int:
+    """What keys and values of one token take."""
+    config, dtype = model.config, model.dtype
     heads, queries = getattr(config, "num_key_value_heads", None), config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
-    return 4 * config.num_hidden_layers * (heads or queries) * size
+    return 2 * dtype.itemsize * config.num_hidden_layers * (heads or queries) * size
 
 
 def _newest(turns: list[list[int]], room: int) -> list[int]:

@@ -42,12 +42,12 @@ def fault(text: str, said: list[str], ended: bool) -> str:
     """What is wrong with a reply, in a word; "" where nothing is. `said`: what it must not say again, the message that
     it answers and what either speaker said before."""
     ours, before = words_of(text), [words_of(each) for each in said]
-    threes, theirs = ngrams(ours, 3), {three for each in before for three in ngrams(each, 3)}
+    threes, theirs = ngrams(ours, 3), [set(ngrams(each, 3)) for each in before]
     if not ours:
         return "empty"
     if not ended:
         return "cut"
-    if ours in before or (threes and 2 * sum(three in theirs for three in threes) >= len(threes)):
+    if ours in before or (threes and any(2 * sum(three in of for three in threes) >= len(threes) for of in theirs)):
         return "parrot"
     return "repeats" if len(set(threes)) < len(threes) else ""
 

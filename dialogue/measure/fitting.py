@@ -1,7 +1,6 @@
 """Sampler settings whose replies fit what was said, and are as long and as varied as people's."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dialogue.chat.batch import Reply, answer_by_each
 from dialogue.chat.sampling import CHAT, Sampling
 from dialogue.data.corpus import Dialogues
-from dialogue.measure.listening import mutual_information, our_format, score_replies
+from dialogue.measure.listening import mutual_information
 from dialogue.measure.replies import find_contexts, measure
 
 # What is tried beside the defaults. Top-k and top-p stay: they matter little where the temperature is low.
@@ -64,18 +63,15 @@ def fit(
     told("sampler", 0)
     drawn = lambda share: told("sampler", 0.7 * share)  # noqa: E731
     replies = answer_by_each(model, tokenizer, turns, samplings, max_t, seed, told=drawn)
-    scores = score_replies(model, our_format(tokenizer), turns, people, [[place] for place in range(len(people))])
-    replies.append([Reply(text, True, float(nats)) for text, [nats] in zip(people, scores, strict=True)])
-    said = list(itertools.chain(*replies))
-    nats = np.array([reply.nats for reply in said])
-    fits = mutual_information(model, tokenizer, [reply.text for reply in said], nats).reshape(len(replies), -1)
+    replies.append([Reply(text, True) for text in people])
+    fits = mutual_information(model, tokenizer, turns, replies)
     every = [
         {**measure(of, [asked[-1] for asked in turns])(np.arange(len(turns))), "mutual_information": float(fit.mean())}
         for of, fit in zip(replies, fits, strict=True)
     ]
     human, defaults = every[-1], every[0]
-    chosen = min(range(len(samplings)), key=lambda number: cost(every[number], human))
-    chosen *= defaults["share_that_ends"] > 0.5
+    able = range(len(samplings)) if defaults["share_that_ends"] > 0.5 else [0]
+    chosen = min(able, key=lambda number: cost(every[number], human))
     best, best_figures = samplings[chosen], every[chosen]
     told("sampler", 1)
     named = {"people": human, "defaults": defaults, "fitted": best_figures}

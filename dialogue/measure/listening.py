@@ -9,6 +9,8 @@ Plain log p(reply | context) prefers what fits everywhere, so what a reply gets 
 Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models", section 4.1.
 """
 
+import itertools
+import math
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -22,7 +24,8 @@ from dialogue.chat.drafts import SideBySide, side_by_side
 from dialogue.chat.rerank import LAMBDA, NOTHING
 from dialogue.chat.sampling import Sampling
 from dialogue.data.corpus import Dialogues
-from dialogue.measure.likelihood import Estimate, bootstrap
+from dialogue.data.packing import IGNORED, Row
+from dialogue.measure.likelihood import Estimate, bootstrap, nats_of_each
 from dialogue.measure.loss import hidden_states
 from dialogue.measure.replies import Context, measure
 from dialogue.models import context_length
@@ -30,7 +33,7 @@ from dialogue.prompt import encode_dialogue, encode_text, find_roles
 
 CHOICES = 20
 LONGEST = 7  # turns of a context, at most
-TOKENS = 768  # that are read at once
+TOKENS = 768  # that are read at once, but for a context and one reply that are longer
 TIED = 1e-3  # nats: what differs by less is equally likely, rounding apart
 
 Lent = dict[str, Callable[[], AbstractContextManager[Any]]]  # who -> what lends their model, one at a time
@@ -70,24 +73,30 @@ def judge_format(base: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBa
 
 @torch.no_grad()
 def score_replies(
-    model: Any, style: Format, contexts: Dialogues, replies: list[str], wanted: list[list[int]], at_once: int = 32
+    model: Any, style: Format, contexts: Dialogues, replies: list[str], wanted: list[list[int]]
 ) -> list[np.ndarray]:
     """For each context, log p(reply | context) in nats of the replies whose indices are `wanted` for it, float64.
-    Up to `at_once` replies share a row in which their context is read once."""
+    Replies share a row, in which their context is read once; the model has to take a mask for each row."""
     was_training, room = model.training, context_length(model.config)
     model.eval()
     said = [style.reply(text)[: room // 2] for text in replies]
-    rows: list[tuple[int, list[int], SideBySide]] = []
-    for number, (turns, indices) in enumerate(zip(contexts, wanted, strict=True)):
-        prompt = style.prompt(turns)[-(room // 2) :]
-        parts = [indices[start : start + at_once] for start in range(0, len(indices), at_once)]
-        rows += [(number, part, side_by_side(prompt, [said[index] for index in part])) for part in parts]
-    rows.sort(key=lambda row: len(row[2].ids))
+    rows: list[tuple[int, int, list[int]]] = []  # length, context, replies
+    prompts = [style.prompt(turns)[-(room // 2) :] for turns in contexts]
+    for number, (prompt, indices) in enumerate(zip(prompts, wanted, strict=True)):
+        part, length = list[int](), len(prompt)
+        for index in indices:
+            if part and length + len(said[index]) > TOKENS:
+                rows.append((length, number, part))
+                part, length = [], len(prompt)
+            part, length = [*part, index], length + len(said[index])
+        rows += [(length, number, part)] if part else []
+    rows.sort()
     scores: dict[tuple[int, int], float] = {}
     while rows:
-        size = max(1, TOKENS // len(rows[-1][2].ids))
+        size = max(1, TOKENS // rows[-1][0])
         rows, batch = rows[:-size], rows[-size:]
-        for (number, part, _), nats in zip(batch, _score_rows(model, [row for _, _, row in batch]), strict=True):
+        laid_out = [side_by_side(prompts[number], [said[index] for index in part]) for _, number, part in batch]
+        for (_, number, part), nats in zip(batch, _score_rows(model, laid_out), strict=True):
             scores |= {(number, index): score for index, score in zip(part, nats, strict=True)}
     model.train(was_training)
     return [np.array([scores[number, index] for index in indices]) for number, indices in enumerate(wanted)]
@@ -144,7 +153,8 @@ def true_replies(
         return np.array(score_replies(model, style, read, replies, drawn.tolist()))
 
     scores = scored(turns)
-    anyway = elsewhere(scores, drawn)
+    # Of fewer contexts too few others are left.
+    anyway = elsewhere(scores, drawn) if len(contexts) >= 10 else _without_context(model, style, replies)[drawn]
     found = {
         "share_of_true_replies_found": first_is_best(scores - anyway),
         "share_found_by_probability": first_is_best(scores),
@@ -156,8 +166,8 @@ def true_replies(
 
 def elsewhere(scores: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     """(N, 20): of the replies `drawn` (N, 20) for each context, whose log-probabilities there are `scores` (N, 20), the
-    log of the mean probability after all other contexts that they were drawn for, save their own; 0 where none is left.
-    That is what a reply gets anyway: it finds more true replies than one message that says nothing (docs/measured.md).
+    log of the mean probability after all other contexts that they were drawn for, save their own. That is what a reply
+    gets anyway: it finds more true replies than one message that says nothing (docs/measured.md).
     """
     count = len(scores)
     table = np.full((count, count), -np.inf)  # contexts x replies
@@ -165,21 +175,34 @@ def elsewhere(scores: np.ndarray, drawn: np.ndarray) -> np.ndarray:
     np.fill_diagonal(table, -np.inf)
     others = table[:, drawn]  # contexts x (N, 20)
     others[np.arange(count), np.arange(count)] = -np.inf
-    number = np.isfinite(others).sum(axis=0)
-    return np.where(number, np.logaddexp.reduce(others, axis=0) - np.log(np.maximum(number, 1)), 0.0)
+    return np.logaddexp.reduce(others, axis=0) - np.log(np.isfinite(others).sum(axis=0))
 
 
 def mutual_information(
-    model: Any, tokenizer: PreTrainedTokenizerBase, replies: list[str], nats: np.ndarray
+    model: Any, tokenizer: PreTrainedTokenizerBase, contexts: Dialogues, replies: list[list[Reply]]
 ) -> np.ndarray:
-    """(N,): log p(reply | context) - `LAMBDA` log p(reply | nothing), in nats a token, of N replies whose
-    log p(reply | context) is `nats` (N,).
+    """(M, N): log p(reply | context) - `LAMBDA` log p(reply | nothing), in nats a token, of M times replies to each of
+    N contexts. The first is what a reply got when it was drawn, where it was.
 
     By this the chat chooses among candidates. It falls where replies get wild, and where they fit everywhere.
     """
-    style = our_format(tokenizer)
-    lengths = np.array([len(style.reply(reply)) for reply in replies])
-    return (nats - LAMBDA * _without_context(model, style, replies)) / lengths
+    style, room, roles = our_format(tokenizer), context_length(model.config) // 2, find_roles(tokenizer)
+
+    def score(turns: list[str], reply: Reply) -> Row:
+        prompt, said = style.prompt(turns)[-room:], [*encode_text(tokenizer, reply.text), *[roles.end] * reply.ended]
+        ids = prompt + (said or [roles.end])[:room]
+        labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
+        return {"input_ids": ids, "labels": labels, "position_ids": list(range(len(ids)))}
+
+    said, was_training = list(itertools.chain(*replies)), model.training
+    model.eval()
+    alone, lengths = nats_of_each(model, [score([NOTHING], reply) for reply in said]).T
+    asked = [turns for _ in replies for turns in contexts]
+    missing = [place for place, reply in enumerate(said) if math.isnan(reply.nats)]
+    given = np.array([reply.nats for reply in said])
+    given[missing] = -nats_of_each(model, [score(asked[place], said[place]) for place in missing])[:, 0]
+    model.train(was_training)
+    return ((given + LAMBDA * alone) / lengths).reshape(len(replies), -1)
 
 
 def _without_context(model: Any, style: Format, replies: list[str]) -> np.ndarray:

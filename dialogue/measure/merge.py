@@ -35,7 +35,7 @@ from dialogue.prompt import find_roles
 # (Dettmers et al. 2022, "LLM.int8()", table 1). Beyond these something is wrong.
 MAX_PERPLEXITY_CHANGE = {"int8": 0.02, "16-bit": 0.005}
 MAX_KL = {"int8": 0.05, "16-bit": 0.005}  # nats a token
-AT_ONCE = 16  # dialogues in a forward pass
+TOKENS = 2048  # in a forward pass, but for a dialogue that is longer
 CHAT_ROWS = 15  # dialogues that the chat's engine is tried on
 
 
@@ -72,8 +72,10 @@ def witness_of(model: Any, rows: list[Row], pad: int) -> Witness:
     """Run `model` over rows of one dialogue each. LoRA is applied as it is saved, in float32."""
     model.eval()
     head, hidden, targets, places = head_of(model), [], [], []
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["labels"]))  # alike in length: little padding
-    for part in (order[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)):
+    waiting = sorted(range(len(rows)), key=lambda place: len(rows[place]["labels"]))  # alike in length: little padding
+    while waiting:
+        size = max(1, TOKENS // len(rows[waiting[-1]]["labels"]))
+        waiting, part = waiting[:-size], waiting[-size:]
         batch = collate([rows[place] for place in part], pad)
         labels = batch["labels"][:, 1:]
         at = labels != IGNORED

@@ -218,8 +218,8 @@ def _layout(mask: Tensor | None, batch: int, width: int) -> tuple[Tensor, Tensor
     groups: list[tuple[int, int]] = []
     begins, end = [0] * len(lengths), 0
     for dialogue in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-        joins = groups and lengths[dialogue] >= 0.7 * groups[-1][1]
-        number, longest = groups.pop() if joins else (0, -(-lengths[dialogue] // 16) * 16)
+        length = -(-lengths[dialogue] // 16) * 16
+        number, longest = groups.pop() if groups and length >= 0.7 * groups[-1][1] else (0, length)
         groups.append((number + 1, longest))
         begins[dialogue], end = end, end + longest
     places = torch.cat([torch.arange(begin, begin + length) for begin, length in zip(begins, lengths, strict=True)])
