@@ -50,7 +50,7 @@ def answer_by_each(
     prompts = [[*_newest(encode_dialogue(tokenizer, turns), room), roles.bot] for turns in contexts]
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     said: dict[tuple[int, int], Draft] = {}
-    most, token = len(prompts), _cache_bytes(model)
+    most, token = len(prompts), cache_bytes(model.config, model.dtype)
     model.eval()
     while waiting:
         width = len(prompts[waiting[:most][-1]]) + max_t
@@ -121,9 +121,8 @@ def _side_by_side(
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
 
 
-def _cache_bytes(model: Any) -> int:
+def cache_bytes(config: Any, dtype: torch.dtype) -> int:
     """What keys and values of one token take."""
-    config, dtype = model.config, model.dtype
     heads, queries = getattr(config, "num_key_value_heads", None), config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // queries
     return 2 * dtype.itemsize * config.num_hidden_layers * (heads or queries) * size

@@ -14,6 +14,7 @@ from dialogue.data.corpus import Dialogues
 from dialogue.measure.listening import mutual_information
 from dialogue.measure.replies import find_contexts, measure
 
+CONTEXTS = 48  # that each of the settings answers
 # What is tried beside the defaults. Top-k and top-p stay: they matter little where the temperature is low.
 SWEEP: tuple[dict[str, Any], ...] = (
     *({"temp": temp, "repetition_penalty": 1.06} for temp in (0.0, 0.3, 0.5, 0.8)),
@@ -48,7 +49,7 @@ def cost(bot: Figures, human: Figures) -> float:
 
 
 def fit(
-    model: Any, tokenizer: PreTrainedTokenizerBase, dialogues: Dialogues, seed: int, contexts: int = 48,
+    model: Any, tokenizer: PreTrainedTokenizerBase, dialogues: Dialogues, seed: int, contexts: int = CONTEXTS,
     max_t: int = 50, told: Callable[[str, float], Any] = lambda *_: None, known: Sampling | None = None,
 ) -> Fitted:  # fmt: skip
     """Sweep the settings on short contexts of `dialogues`, with the same random numbers for each of them.

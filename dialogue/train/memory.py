@@ -11,7 +11,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from dialogue import machine, models
+from dialogue.chat.batch import CACHE_BYTES, cache_bytes
 from dialogue.data.packing import mean_dialogue_length
+from dialogue.measure.fitting import CONTEXTS, SWEEP
 from dialogue.measure.loss import CHUNK
 from dialogue.models import CONV1D_FAMILIES, without_weights
 from dialogue.train.lora import count_trained
@@ -108,11 +110,19 @@ def estimate(load: Load, fit: Fit, weights: Weights) -> int:
 
 def estimate_certificate(load: Load, fit: Fit, weights: Weights) -> int:
     """Bytes at the peak of what follows the training, without what the process had taken before: the merged model, two
-    copies of its head; then what compares them in float32, or on a CPU the chat's engine in int8."""
-    size, head = fit.dtype.itemsize, load.config.vocab_size * load.config.hidden_size
-    comparing = 2 * 4 * head + 4 * CHUNK * load.config.vocab_size * 4
+    copies of its head; then what compares them in float32, on a CPU the chat's engine in int8, or the sampler's replies
+    of some 100 tokens with their prompts (on a CPU old and new keys and values stand side by side)."""
+    size, head, vocabulary = (
+        fit.dtype.itemsize,
+        load.config.vocab_size * load.config.hidden_size,
+        load.config.vocab_size,
+    )
+    comparing = 2 * 4 * head + 4 * CHUNK * vocabulary * 4
     engine = load.on_cpu * (weights.inside + 5 * head)  # its embedding is float32
-    return sum(weights) * size + 2 * head * size + max(comparing, engine)
+    cache = 100 * cache_bytes(load.config, fit.dtype)
+    replies = min(CONTEXTS * (len(SWEEP) + 1), CACHE_BYTES // cache)
+    drawing = replies * ((1 + load.on_cpu) * cache + vocabulary * (size + 8))
+    return sum(weights) * size + 2 * head * size + max(comparing, engine, drawing)
 
 
 def load_of(run: Run, rows: Rows, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Load:
