@@ -22,10 +22,10 @@ if "LOCAL_RANK" not in os.environ:
 if sys.platform == "linux" and "PYTORCH_ALLOC_CONF" not in os.environ:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-# oneDNN keeps a kernel for each shape that it has multiplied, 1024 by default, and dialogues have many lengths: each is
-# an island between blocks that come and go. Peaks of GPT-2 124M after 30 steps with 200, 50 and 20 of them: 2.7, 2.4,
-# 2.3 GB; with 20 a step takes longer (source: oneDNN's documentation, "Primitive Cache").
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "50")
+# oneDNN keeps a kernel for each shape that it has multiplied, 1024 by default, and dialogues have many lengths: the
+# starter's process grew by 0.5 GB in 40 steps. With 200 a step takes as long; with 50 GPT-2 124M takes 5 % longer, and
+# has its peak after 30 steps at 2.4 GB, not 2.7 (source: oneDNN's documentation, "Primitive Cache").
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "200")
 
 for name in (
     "bitsandbytes.backends.cpu.ops",  # a kernel for 4 bits, which nothing here uses
