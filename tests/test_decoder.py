@@ -1,5 +1,10 @@
 """The decoder of our own against transformers: the same logits, whatever happened before."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import CONFIGS, CONTEXT, WIDE_LLAMA, random_model, tokens
@@ -11,6 +16,8 @@ from dialogue.chat import decoder
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.families import supported
 from dialogue.chat.int8 import quantise
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=str)
@@ -172,3 +179,18 @@ def test_an_int8_product_shows_what_is_no_number():
 )
 def test_a_model_that_differs_is_left_to_transformers(config):
     assert not supported(config)
+
+
+def test_loops_give_the_same_bits_compiled_and_loaded_from_the_cache(tmp_path):
+    code = """
+import torch
+from dialogue.chat.int8 import quantise
+weight, x = (torch.randn(*size, generator=torch.Generator().manual_seed(0)) for size in ((300, 576), (4, 576)))
+print(quantise(weight, weight[:, 0])(x).numpy().tobytes().hex())"""
+    command, environment = [sys.executable, "-c", code], os.environ | {"GPT2_DIALOGUE_CACHE": str(tmp_path)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    said = [
+        subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert any(tmp_path.rglob("*.nbc")) and said[0] == said[1] != ""

@@ -157,10 +157,10 @@ def products(x, matrix, threads):
     return _tiles(_round(x, matrix.column), matrix, threads)
 
 
-@numba.njit(**threaded)
+@numba.njit(**threaded | {"fastmath": False})
 def _tiles(rounded, matrix, threads):
     """What `_round` returns -> (n, rows). Four rows meet one token or four at a time: their sums stay in registers, and
-    each number that was read serves four."""
+    each number that was read serves four. Fast maths gave other bits once it was loaded from the cache."""
     (x, step), rows, n = rounded, len(matrix.weight), len(rounded[0])
     y = np.empty((n, rows), np.float32)
     for part in numba.prange(threads):
