@@ -18,7 +18,7 @@ CONTEXTS = 48  # that each of the settings answers
 # What is tried beside the defaults. Top-k and top-p stay: they matter little where the temperature is low.
 SWEEP: tuple[dict[str, Any], ...] = (
     *({"temp": temp, "repetition_penalty": 1.06} for temp in (0.0, 0.3, 0.5, 0.8)),
-    *({"temp": temp, "repetition_penalty": 1.12} for temp in (0.3, 0.5)),
+    *({"temp": temp, "repetition_penalty": 1.03} for temp in (0.3, 0.5)),
 )
 
 Figures = dict[str, float]
