@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from dialogue.data.packing import IGNORED, collate, cut_dialogue, encode, pack, supervise, to_row
+from dialogue.data.packing import IGNORED, collate, cut_dialogue, encode, in_batches, pack, supervise, to_row
 from dialogue.prompt import add_roles
 
 USER, BOT, END = 1, 2, 3
@@ -105,3 +105,10 @@ def test_packed_dialogues_do_not_see_each_other(random_gpt2, tokenizer, training
     for start, stop in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
         one = torch.tensor([row["input_ids"][start:stop]])
         torch.testing.assert_close(logits[start:stop], model(one, use_cache=False).logits[0], rtol=0, atol=1e-9)
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 200))
+def test_batches_have_every_row_once_and_no_more_tokens_than_wanted(lengths, tokens):
+    batches = list(in_batches(lengths, tokens))
+    assert sorted(place for part in batches for place in part) == list(range(len(lengths)))
+    assert all(len(part) == 1 or len(part) * max(lengths[place] for place in part) <= tokens for part in batches)

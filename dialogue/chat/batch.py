@@ -32,7 +32,7 @@ def answer(
     """A reply to each of `contexts` (turns, USER's last), of at most `max_t` tokens, drawn by the chat's own sampler.
 
     Each reply has a random state of its own, so neither the batch nor the caller's random state matters to it, and
-    the caller's stays as it is. `at_once` replies are drawn side by side: by default as many as `CACHE_BYTES` hold, and
+    the caller's stays as it is. Side by side are drawn as many replies as `CACHE_BYTES` hold, at most `at_once`, and
     fewer where the device has too little memory.
     """
     return answer_by_each(model, tokenizer, contexts, [sampling], max_t, seed, at_once)[0]
@@ -50,12 +50,13 @@ def answer_by_each(
     prompts = [[*_newest(encode_dialogue(tokenizer, turns), room), roles.bot] for turns in contexts]
     waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     said: dict[tuple[int, int], Draft] = {}
-    most, token = len(prompts), cache_bytes(model.config, model.dtype)
+    most = at_once // len(samplings) or 1 if at_once else len(prompts)
+    places = CACHE_BYTES // cache_bytes(model.config, model.dtype) // len(samplings)
     model.eval()
     while waiting:
-        width = len(prompts[waiting[:most][-1]]) + max_t
-        fit = at_once or CACHE_BYTES // (width * token)
-        part = waiting[: min(most, fit // len(samplings) or 1)]
+        part = waiting[:most]
+        while len(part) > 1 and len(part) * (len(prompts[part[-1]]) + max_t) > places:
+            part.pop()  # the last is the longest: one that is long does not make all batches small
         try:
             asked = {index: prompts[index] for index in part}
             for drawn in _side_by_side(model, tokenizer, asked, samplings, max_t, seed):

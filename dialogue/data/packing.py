@@ -12,6 +12,7 @@ transformers/masking_utils.py), so rows carry none.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -150,6 +151,16 @@ def count_tokens(rows: list[Row]) -> int:
 
 def _length(row: Row) -> int:
     return len(row["input_ids"])
+
+
+def in_batches(lengths: list[int], tokens: int) -> Iterator[list[int]]:
+    """The places of rows of these lengths, in batches of like length and so little padding, the longest first: of at
+    most `tokens` tokens with the padding, but for a row that is longer by itself."""
+    waiting = sorted(range(len(lengths)), key=lengths.__getitem__)
+    while waiting:
+        size = max(1, tokens // lengths[waiting[-1]])
+        waiting, part = waiting[:-size], waiting[-size:]
+        yield part
 
 
 def collate(rows: list[Row], pad: int) -> dict[str, torch.Tensor]:

@@ -62,18 +62,20 @@ def fit(
     turns, people = [context.turns for context in found], [context.human for context in found]
     samplings = [CHAT, *([known] if known else [dataclasses.replace(CHAT, **changes) for changes in SWEEP])]
     told("sampler", 0)
-    drawn = lambda share: told("sampler", 0.7 * share)  # noqa: E731
-    replies = answer_by_each(model, tokenizer, turns, samplings, max_t, seed, told=drawn)
+    replies = answer_by_each(
+        model, tokenizer, turns, samplings, max_t, seed, told=lambda share: told("sampler", 0.7 * share)
+    )
     replies.append([Reply(text, True) for text in people])
     fits = mutual_information(model, tokenizer, turns, replies)
+    messages, all_of_them = [asked[-1] for asked in turns], np.arange(len(turns))
     every = [
-        {**measure(of, [asked[-1] for asked in turns])(np.arange(len(turns))), "mutual_information": float(fit.mean())}
+        {**measure(of, messages)(all_of_them), "mutual_information": float(fit.mean())}
         for of, fit in zip(replies, fits, strict=True)
     ]
     human, defaults = every[-1], every[0]
     able = range(len(samplings)) if defaults["share_that_ends"] > 0.5 else [0]
     chosen = min(able, key=lambda number: cost(every[number], human))
-    best, best_figures = samplings[chosen], every[chosen]
     told("sampler", 1)
-    named = {"people": human, "defaults": defaults, "fitted": best_figures}
-    return Fitted(best, max_t, {who: {**of, "cost": cost(of, human)} for who, of in named.items()}, len(found))
+    named = {"people": human, "defaults": defaults, "fitted": every[chosen]}
+    figures = {who: {**of, "cost": cost(of, human)} for who, of in named.items()}
+    return Fitted(samplings[chosen], max_t, figures, len(found))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from dialogue import machine
 from dialogue.data.corpus import words
-from dialogue.data.packing import IGNORED, Row, UnlearnedIds, collate, fill_up, pack, to_row
+from dialogue.data.packing import IGNORED, Row, UnlearnedIds, collate, fill_up, in_batches, pack, to_row
 from dialogue.measure.loss import head_of, hidden_states, summed_nats
 from dialogue.prompt import decode_text, find_roles
 
@@ -93,10 +93,7 @@ def nats_of_each(model: Any, rows: list[Row], batch_tokens: int = 2048) -> np.nd
     `check_loss` in dialogue/train/plan.py makes sure; logits are made where a label is."""
     device = next(model.parameters()).device
     found = np.zeros((len(rows), 2))
-    waiting = sorted(range(len(rows)), key=lambda index: len(rows[index]["labels"]))
-    while waiting:
-        size = max(1, batch_tokens // len(rows[waiting[-1]]["labels"]))
-        waiting, part = waiting[:-size], waiting[-size:]
+    for part in in_batches([len(row["labels"]) for row in rows], batch_tokens):
         batch = {name: values.to(device) for name, values in collate([rows[i] for i in part], 0).items()}
         labels = batch["labels"][:, 1:]
         at = labels != IGNORED

@@ -24,7 +24,7 @@ from dialogue.chat.drafts import SideBySide, side_by_side
 from dialogue.chat.rerank import LAMBDA, NOTHING
 from dialogue.chat.sampling import Sampling
 from dialogue.data.corpus import Dialogues
-from dialogue.data.packing import IGNORED, Row
+from dialogue.data.packing import IGNORED, Row, in_batches
 from dialogue.measure.likelihood import Estimate, bootstrap, nats_of_each
 from dialogue.measure.loss import hidden_states
 from dialogue.measure.replies import Context, measure
@@ -90,11 +90,9 @@ def score_replies(
                 part, length = [], len(prompt)
             part, length = [*part, index], length + len(said[index])
         rows += [(length, number, part)] if part else []
-    rows.sort()
     scores: dict[tuple[int, int], float] = {}
-    while rows:
-        size = max(1, TOKENS // rows[-1][0])
-        rows, batch = rows[:-size], rows[-size:]
+    for places in in_batches([length for length, *_ in rows], TOKENS):
+        batch = [rows[place] for place in places]
         laid_out = [side_by_side(prompts[number], [said[index] for index in part]) for _, number, part in batch]
         for (_, number, part), nats in zip(batch, _score_rows(model, laid_out), strict=True):
             scores |= {(number, index): score for index, score in zip(part, nats, strict=True)}

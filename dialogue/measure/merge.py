@@ -22,7 +22,7 @@ from dialogue.chat.decoder import Decoder
 from dialogue.chat.engine import make
 from dialogue.chat.sampling import Sampling
 from dialogue.data.corpus import FEW, Dialogues
-from dialogue.data.packing import IGNORED, Row, collate
+from dialogue.data.packing import IGNORED, Row, collate, in_batches
 from dialogue.errors import UserError
 from dialogue.measure import report
 from dialogue.measure.fitting import Fitted, fit
@@ -72,10 +72,7 @@ def witness_of(model: Any, rows: list[Row], pad: int) -> Witness:
     """Run `model` over rows of one dialogue each. LoRA is applied as it is saved, in float32."""
     model.eval()
     head, hidden, targets, places = head_of(model), [], [], []
-    waiting = sorted(range(len(rows)), key=lambda place: len(rows[place]["labels"]))  # alike in length: little padding
-    while waiting:
-        size = max(1, TOKENS // len(rows[waiting[-1]]["labels"]))
-        waiting, part = waiting[:-size], waiting[-size:]
+    for part in in_batches([len(row["labels"]) for row in rows], TOKENS):
         batch = collate([rows[place] for place in part], pad)
         labels = batch["labels"][:, 1:]
         at = labels != IGNORED

@@ -112,11 +112,8 @@ def estimate_certificate(load: Load, fit: Fit, weights: Weights) -> int:
     """Bytes at the peak of what follows the training, without what the process had taken before: the merged model, two
     copies of its head; then what compares them in float32, on a CPU the chat's engine in int8, or the sampler's replies
     of some 100 tokens with their prompts (on a CPU old and new keys and values stand side by side)."""
-    size, head, vocabulary = (
-        fit.dtype.itemsize,
-        load.config.vocab_size * load.config.hidden_size,
-        load.config.vocab_size,
-    )
+    size, vocabulary = fit.dtype.itemsize, load.config.vocab_size
+    head = vocabulary * load.config.hidden_size
     comparing = 2 * 4 * head + 4 * CHUNK * vocabulary * 4
     engine = load.on_cpu * (weights.inside + 5 * head)  # its embedding is float32
     cache = 100 * cache_bytes(load.config, fit.dtype)
