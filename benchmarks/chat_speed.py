@@ -301,13 +301,17 @@ def main() -> None:
             except json.JSONDecodeError:  # nothing came: llama.cpp has ended in a segmentation fault
                 del processes[title], figures[title]
                 print(f"{title}: not measured (it ended with {process.wait()})", file=sys.stderr)
+        devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
+        reading: dict[str, list[float]] = {device: [] for device in devices}
         for _ in range(flags.rounds):
+            for device in devices:
+                reading[device].append(bandwidth(device))
             for title, process in processes.items():
                 few = max(2, flags.tokens // 8)
                 figures[title].append(rates(process, few if title.startswith("original") else flags.tokens))
     for process in processes.values():
         process.communicate()
-    read = {device: bandwidth(device) for device in ("cpu", "cuda") if device == "cpu" or torch.cuda.is_available()}
+    read = {device: statistics.median(found) for device, found in reading.items()}
     print(f"{flags.model}: {parameters / 1e6:.0f} M parameters, {flags.threads} threads, reading "
           + ", ".join(f"{rate / 1e9:.1f} GB/s ({device})" for device, rate in read.items()))  # fmt: skip
     print("| | tokens/s | after the first token | share of the limit | CPU ms a token | perplexity |")

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, LlamaConfig, MistralConfig
 
-from dialogue.chat import decoder
+from dialogue.chat import decoder, quantising
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.families import supported
-from dialogue.chat.int8 import quantise
+from dialogue.chat.quantising import Quantiser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -139,31 +139,42 @@ def test_an_int8_product_is_a_rounded_weight_times_the_whole_activation():
     x[:, 7] *= 200  # an outlier, which would drown the others in 8 bits
     x[2] = 0
     exact, before = torch.nn.functional.linear(x, weight, bias), weight.clone()
-    got = quantise(weight, bias)(x)
+    got = Quantiser()(weight, bias)(x)
     assert torch.equal(weight, before), "the model's own weights were changed"
     row_error = (got - exact).norm(dim=1) / (x.norm(dim=1) * weight.norm() / 96**0.5 + 1)
     assert row_error.max() < 0.01
     torch.testing.assert_close(got[2], bias)
     rows = torch.eye(96)  # each column of the weight, alone
-    assert (quantise(weight, None)(rows).T - weight).abs().max() < weight.abs().max() / 100
+    assert (Quantiser()(weight, None)(rows).T - weight).abs().max() < weight.abs().max() / 100
 
 
 def test_an_int8_product_has_the_same_bits_for_a_token_alone_and_beside_others():
     torch.manual_seed(0)
-    product, x = quantise(torch.randn(70, 96), torch.randn(70)), torch.randn(9, 96)
+    product, x = Quantiser()(torch.randn(70, 96), torch.randn(70)), torch.randn(9, 96)
     together = product(x)
     assert all(torch.equal(product(row[None])[0], beside) for row, beside in zip(x, together, strict=True))
 
 
+def test_weights_that_share_memory_do_not_share_numbers(monkeypatch):
+    monkeypatch.setattr(quantising, "BLOCK", 10_000)
+    torch.manual_seed(0)
+    weights, together = [torch.randn(rows, 96) for rows in (70, 30, 200, 3)], Quantiser()
+    products, x = [together(weight, None) for weight in weights], torch.randn(2, 96)
+    one, two = products[0].weight, products[1].weight
+    assert two.ctypes.data == one.ctypes.data + one.nbytes, "each has pages of its own"
+    for weight, product in zip(weights, products, strict=True):
+        assert torch.equal(product(x), Quantiser()(weight, None)(x))
+
+
 def test_no_sum_of_an_int8_product_overflows():
-    largest = quantise(torch.ones(4, 40_000), None)  # each weight and each activation as large as it can be
+    largest = Quantiser()(torch.ones(4, 40_000), None)  # each weight and each activation as large as it can be
     torch.testing.assert_close(largest(torch.ones(5, 40_000)), torch.full((5, 4), 40_000.0), rtol=1e-3, atol=0)
 
 
 def test_an_int8_product_shows_what_is_no_number():
     x = torch.ones(4, 32)
     x[1, 3], x[2, 3] = float("nan"), float("inf")
-    got = quantise(torch.randn(4, 32), None)(x)
+    got = Quantiser()(torch.randn(4, 32), None)(x)
     assert got.isfinite().all(1).tolist() == [True, False, False, True]
 
 
@@ -184,9 +195,9 @@ def test_a_model_that_differs_is_left_to_transformers(config):
 def test_loops_give_the_same_bits_compiled_and_loaded_from_the_cache(tmp_path):
     code = """
 import torch
-from dialogue.chat.int8 import quantise
+from dialogue.chat.quantising import Quantiser
 weight, x = (torch.randn(*size, generator=torch.Generator().manual_seed(0)) for size in ((300, 576), (4, 576)))
-print(quantise(weight, weight[:, 0])(x).numpy().tobytes().hex())"""
+print(Quantiser()(weight, weight[:, 0])(x).numpy().tobytes().hex())"""
     command, environment = [sys.executable, "-c", code], os.environ | {"GPT2_DIALOGUE_CACHE": str(tmp_path)}
     environment.pop("NUMBA_CACHE_DIR", None)
     said = [

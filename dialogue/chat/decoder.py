@@ -40,9 +40,9 @@ class Decoder:
         self.precision, self.length, self.parameters = precision, 0, model.num_parameters()
         product: Any = float32
         if precision == "int8":
-            from dialogue.chat import int8  # imports numba, which nothing else needs
+            from dialogue.chat.quantising import Quantiser  # imports numba, which nothing else needs
 
-            product = int8.quantise
+            product = Quantiser()
         with torch.inference_mode():
             self.weights = w = FAMILIES[model.config.model_type][0](model, product)
         # Memory that was never written costs nothing: the system hands it out at the first touch.
@@ -65,7 +65,7 @@ class Decoder:
             wanted = start + len(piece) - (len(ids) - logits)
             parts.append(self._forward(piece, self.length + start, min(max(wanted, 1), len(piece))))
         self.length += len(ids)
-        return torch.cat(parts)[-logits:]
+        return torch.cat(parts)[-logits:] if len(parts) > 1 else parts[0]
 
     def truncate(self, length: int) -> None:
         """Forget what follows the first `length` tokens."""
@@ -182,18 +182,18 @@ def _compile(w: Weights) -> Callable[[list[int], Tensor, tuple[int, int, int, li
         return Norm(weight.numpy(), bias.numpy(), norm.eps)
 
     layers = [(norm(each.norm_1), each.qkv, each.out, norm(each.norm_2), each.up, each.down) for each in w.layers]
+    last = norm(w.norm)
     attention, gated = (w.heads, w.group, w.size, w.scale), w.rotation is not None
     rotation = tuple(part.numpy() for part in w.rotation or torch.empty(2, 0, w.size))
 
     def run(ids: list[int], cache: Tensor, at: tuple[int, int, int, list[int]]) -> Tensor:
         n, (start, step, count, slots) = len(ids), at
-        x = torch.zeros(n if n == 1 else n + -n % 4, w.embedding.shape[1])
-        x[:n] = w.embedding[ids]
+        x = w.embedding[ids if n == 1 else ids + ids[:1] * (-n % 4)].float()
         if w.positions is not None:
-            x[:n] += w.positions[start + step]
+            x += w.positions[start + step]
         where, threads = (start, step, count, np.array(slots)), torch.get_num_threads()
         for layer, past in zip(layers, cache.numpy(), strict=True):
             int8.block(x.numpy(), layer, past, where, rotation, attention, gated, threads)
-        return w.head(w.norm(x[:n]))
+        return w.head(torch.from_numpy(int8.norm(x[:n].numpy(), last, gated)))
 
     return run

@@ -48,27 +48,6 @@ class Matrix(NamedTuple):
         return torch.from_numpy(products(padded.numpy(), self, torch.get_num_threads()))[: len(x), : self.size]
 
 
-def quantise(weight: Tensor, bias: Tensor | None) -> Matrix:
-    """(out, in) and (out,), of any float dtype, as int8.
-
-    A row's largest weight sets its steps. So large columns are made smaller, and what they meet larger, by the root of
-    their size: that took 40 % off the KL divergence from the float32 model (SmolLM2-135M).
-    """
-    (rows, columns), blocks = weight.shape, weight.split(256)  # stay in the processor's cache: twice as fast
-    squares = torch.stack([block.float().square().sum(0) for block in blocks]).sum(0)
-    column = (squares / rows).sqrt_().clamp_(min=1e-12).sqrt_()
-    padded, width = rows + -rows % 4, columns + -columns % LANES
-    rounded = torch.zeros(padded, width, dtype=torch.int8)
-    scale, shift = torch.zeros(2, padded)
-    for block, to, step in zip(blocks, rounded[:rows, :columns].split(256), scale[:rows].split(256), strict=True):
-        w = block.float() / column
-        step.copy_(w.abs().amax(1).div_(127).clamp_(min=1e-12))
-        to.copy_(w.div_(step[:, None]).round_())
-    shift[:rows] = 0 if bias is None else bias
-    column = functional.pad(column, (0, width - columns))
-    return Matrix(rounded.numpy(), scale.numpy(), column.numpy(), shift.numpy(), rows)
-
-
 @numba.njit(**compiled)
 def block(x, layer, cache, at, rotation, attention, gated, threads):
     """Add to x (n, width) what a layer makes of it, GPT-2's or, where `gated`, Llama's; n is 1 or a multiple of four.
@@ -78,12 +57,12 @@ def block(x, layer, cache, at, rotation, attention, gated, threads):
     attention: (heads of the keys, queries that share a key, size of a head, scale of query times key).
     """
     (norm_1, to_qkv, out, norm_2, up, down), (start, step, _, slots) = layer, at
-    qkv = products(_norm(x, norm_1, gated), to_qkv, threads)
+    qkv = products(norm(x, norm_1, gated), to_qkv, threads)
     if gated:
         for row in range(len(slots)):
             _rotate(qkv[row], rotation[0][start + step], rotation[1][start + step], attention)
     x += products(_attend(qkv, cache, at, attention, threads), out, threads)
-    hidden = products(_norm(x, norm_2, gated), up, threads)
+    hidden = products(norm(x, norm_2, gated), up, threads)
     x += products(_activate(hidden, gated, threads), down, threads)
 
 
@@ -182,19 +161,23 @@ def _round(x, column):
     """x (n, columns) * column, as int16 (n, len(column)), and the steps (n,) float32 that they count."""
     limit = np.float32(min(32767, (2**31 - 1) // (127 * (len(column) * 2 // LANES))))  # no sum in int32 can overflow
     rounded, step = np.zeros((len(x), len(column)), np.int16), np.empty(len(x), np.float32)
+    scaled, last = np.empty(x.shape[1], np.float32), np.empty(1, np.int32)
     for row in range(len(x)):
-        largest, broken = np.float32(1e-30), np.float32(0)
         for i in range(x.shape[1]):
-            value = abs(x[row, i] * column[i])
-            largest, broken = max(largest, value), broken + value * np.float32(0)
-        step[row] = largest / limit + broken  # NaN, where one of them is no number
+            scaled[i] = x[row, i] * column[i]
+        # Floats without their sign are in order as whole numbers, which are compared many at a time; NaN is the last.
+        last[0], bits = 0, scaled.view(np.int32)
         for i in range(x.shape[1]):
-            rounded[row, i] = np.int16(np.rint(x[row, i] * column[i] * (limit / largest)))
+            last[0] = max(last[0], np.int32(bits[i] & np.int32(0x7FFFFFFF)))
+        largest = max(np.float32(1e-30), last.view(np.float32)[0])
+        step[row] = largest / limit if last[0] < 0x7F800000 else np.float32(np.nan)  # one of them is no number
+        for i in range(x.shape[1]):
+            rounded[row, i] = np.int16(np.rint(scaled[i] * (limit / largest)))
     return rounded, step
 
 
 @numba.njit(**compiled)
-def _norm(x, norm, rms):
+def norm(x, weights, rms):
     """(n, width) -> (n, width)."""
     y = np.empty_like(x)
     for row in range(len(x)):
@@ -202,9 +185,9 @@ def _norm(x, norm, rms):
         mean, squares = np.float32(0) if rms else of.sum() / np.float32(len(of)), np.float32(0)
         for i in range(len(of)):
             squares += (of[i] - mean) * (of[i] - mean)
-        scale = np.float32(1 / math.sqrt(squares / len(of) + norm.eps))
+        scale = np.float32(1 / math.sqrt(squares / len(of) + weights.eps))
         for i in range(len(of)):  # compiles in a fifth of the time that whole arrays take
-            y[row, i] = (of[i] - mean) * scale * norm.weight[i] + (np.float32(0) if rms else norm.bias[i])
+            y[row, i] = (of[i] - mean) * scale * weights.weight[i] + (np.float32(0) if rms else weights.bias[i])
     return y
 
 

@@ -5,6 +5,7 @@ Order, kept sets and probabilities are those of transformers' logits processors 
 tensors; nothing here knows a model or a tokenizer, or changes the logits that it is given.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -84,13 +85,18 @@ def candidates(
     """
     logits = penalise(logits.float(), seen, sampling.repetition_penalty)
     logits = logits.index_fill(0, torch.tensor(forbidden, dtype=torch.long, device=logits.device), -torch.inf)
-    if not logits.max().isfinite():  # NaN where any is NaN
-        raise UserError("the model's logits are not finite numbers: its weights are broken")
     k = int(sampling.top_k) if sampling.temp else 1
-    ids, kept = torch.arange(len(logits), device=logits.device), logits
-    if 0 < k < len(logits):
-        ids = (logits >= logits.topk(k).values[-1]).nonzero()[:, 0]
-        kept = logits[ids]
+    best = logits.topk(k + 1 if 0 < k < len(logits) else 1)
+    values = best.values.tolist()
+    if not math.isfinite(values[0]):  # NaN where any is NaN
+        raise UserError("the model's logits are not finite numbers: its weights are broken")
+    if len(values) == 1:
+        ids = torch.arange(len(logits), device=logits.device)
+    elif values[-2] > values[-1]:
+        ids = best.indices[:-1].sort().values
+    else:
+        ids = (logits >= values[-2]).nonzero()[:, 0]
+    kept = logits[ids]
     if sampling.temp == 0:
         return Candidates(ids[:1], torch.ones(1, device=logits.device))
     kept = kept / sampling.temp
