@@ -40,9 +40,6 @@ CONV1D_FAMILIES = {"gpt2"}
 STARTER = "SmolLM2-135M-Instruct"  # the one base model that comes from the Python package index
 STARTER_ON_HUB = f"HuggingFaceTB/{STARTER}"
 
-# Bytes. Of larger files only the size is compared: SHA-256 of GPT-2-XL's 3.1 GB takes longer than loading them.
-HASHED_BELOW = 1_000_000_000
-
 
 def context_length(config: PretrainedConfig) -> int:
     """Tokens that the model can see at once (GPT-2's config maps `n_positions` to this name)."""
@@ -118,7 +115,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def dialogue_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a dialogue model. Raises UserError for a folder that is damaged, and where it has no roles."""
-    _check_whole(name)
+    storage.check_whole(Path(resolve(name)), name)
     tokenizer = load_tokenizer(name)
     try:
         find_roles(tokenizer)
@@ -157,7 +154,7 @@ def _merge_adapters(
         if not (base := said.get("base_model_name_or_path")):
             raise ValueError("adapter_config.json names no base model (base_model_name_or_path)")
     try:
-        _check_whole(base)
+        storage.check_whole(Path(resolve(base)), base)
         model: Any = _load_weights(base, dtype, device)
     except UserError as error:
         raise UserError(f"{name} holds adapters of {base}, which cannot be loaded: {error}") from error
@@ -183,7 +180,7 @@ def load_base(
     <BOT> as the words "user" and "assistant"; transformers would draw them at random (`resize_token_embeddings`).
     Raises UserError where the model cannot be had.
     """
-    _check_whole(name)
+    storage.check_whole(Path(resolve(name)), name)
     model: Any = _load_weights(name, dtype, device, quant_config)
     if quant_config and device.type == "cpu":
         machine.release_memory()
@@ -242,14 +239,6 @@ def _read(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
                 tensor = file.get_tensor(key)
                 found[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     return found
-
-
-def _check_whole(name: str) -> None:
-    """Raises UserError for a folder that is not as its manifest says, twice: a training may replace it meanwhile."""
-    folder = Path(resolve(name))
-    if storage.damage(folder, HASHED_BELOW) and (problem := storage.damage(folder, HASHED_BELOW)):
-        advice = f"write it again, or where you changed it, delete its {storage.MANIFEST}"
-        raise UserError(f"{name} is broken: {problem}; {advice}")
 
 
 @contextmanager

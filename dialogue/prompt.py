@@ -10,9 +10,10 @@ inserted by id. Text is encoded with special tokens split, so "<END>" typed by a
 in a dataset stays seven ordinary characters and never becomes a control token.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 USER, BOT, END = "<USER>", "<BOT>", "<END>"
 
@@ -42,7 +43,7 @@ class Roles(NamedTuple):
     end: int
 
 
-def add_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
+def add_roles(tokenizer: "PreTrainedTokenizerBase") -> Roles:
     """Make <USER>, <BOT>, <END> special tokens, <END> the EOS, and set the chat template. Changes `tokenizer` in place.
     Padding becomes the base model's own end-of-text token, which is never <END>: a padded position must not teach the
     model to stop."""
@@ -55,7 +56,7 @@ def add_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
     return find_roles(tokenizer)
 
 
-def find_roles(tokenizer: PreTrainedTokenizerBase) -> Roles:
+def find_roles(tokenizer: "PreTrainedTokenizerBase") -> Roles:
     """The ids of the three role tokens. Raises LookupError where the tokenizer lacks one."""
     tokens = [USER, BOT, END]
     ids: Any = tokenizer.convert_tokens_to_ids(tokens)  # not `get_vocab`, which builds a dictionary of all tokens
@@ -75,7 +76,7 @@ def without_roles(ids: list[int], roles: Roles) -> list[int]:
     return [token for token in ids if token not in roles]
 
 
-def never_drawn(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
+def never_drawn(tokenizer: "PreTrainedTokenizerBase", rows: int) -> list[int]:
     """Ids that no reply has, of an embedding with so many rows: control tokens other than <END>, and rows that no token
     stands for."""
     roles = find_roles(tokenizer)
@@ -83,23 +84,23 @@ def never_drawn(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[int]:
     return sorted(unknown | {*tokenizer.all_special_ids, *roles} - {roles.end})
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Text -> ids, with special tokens split: nothing in `text` can become a control token."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def decode_text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def decode_text(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     """Ids -> text, as it is: control tokens show."""
     return "".join(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
-def decode_reply(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def decode_reply(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     """A reply as people read it: no white space around it (a model of words begins with " I"), and no half of a
     character at its end, where the limit cut it."""
     return decode_text(tokenizer, ids).removesuffix("\ufffd").strip()
 
 
-def check_text(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_text(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises ValueError where text does not survive. Without its vocabulary file a tokenizer loads all the same, and
     knows the special tokens only."""
     text = "Hello, you!"
@@ -115,12 +116,12 @@ def with_persona(persona: str, message: str) -> str:
     return f"{persona}\n{message}" if persona else message
 
 
-def encode_turn(tokenizer: PreTrainedTokenizerBase, role: int, text: str, end: int) -> list[int]:
+def encode_turn(tokenizer: "PreTrainedTokenizerBase", role: int, text: str, end: int) -> list[int]:
     """One closed turn: [role id, text ids ..., <END> id]."""
     return [role, *encode_text(tokenizer, text), end]
 
 
-def encode_dialogue(tokenizer: PreTrainedTokenizerBase, turns: list[str]) -> list[list[int]]:
+def encode_dialogue(tokenizer: "PreTrainedTokenizerBase", turns: list[str]) -> list[list[int]]:
     """Turns -> one list of ids a turn; even turns are USER's, odd turns BOT's. An empty first turn becomes no ids: BOT
     opens the dialogue."""
     user, bot, end = find_roles(tokenizer)

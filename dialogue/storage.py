@@ -17,6 +17,8 @@ from dialogue.json_files import as_json, read_json, write_json
 
 RUN_FILE = "run.json"  # stands in every folder that a run wrote, and says how
 MANIFEST = "manifest.json"  # name -> size and sha256 of every file beside it; written last
+# Bytes. Of larger files only the size is compared: SHA-256 of GPT-2-XL's 3.1 GB takes longer than loading them.
+HASHED_BELOW = 1_000_000_000
 
 
 @contextmanager
@@ -168,6 +170,13 @@ def damage(folder: Path, hash_below: float = math.inf) -> str | None:
     except (UserError, ValueError):
         return f"{MANIFEST} is damaged"
     return None
+
+
+def check_whole(folder: Path, name: str) -> None:
+    """Raises UserError about `name` where `folder` is not as its manifest says, twice: a training may replace it
+    meanwhile."""
+    if damage(folder, HASHED_BELOW) and (problem := damage(folder, HASHED_BELOW)):
+        raise UserError(f"{name} is broken: {problem}; write it again, or where you changed it, delete its {MANIFEST}")
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -10,11 +10,12 @@ from dialogue.chat import drafts
 from dialogue.chat.commands import run
 from dialogue.chat.conversation import Conversation, check
 from dialogue.chat.decoder import Decoder
-from dialogue.chat.engine import Model, TransformersEngine
+from dialogue.chat.engine import Model
 from dialogue.chat.rerank import ALPHA, COOLER, LAMBDA, Candidate, fault, rank
 from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.chat.session import Chat
 from dialogue.chat.terminal import in_background
+from dialogue.chat.transformers_engine import TransformersEngine
 from dialogue.errors import UserError
 from dialogue.prompt import without_roles
 

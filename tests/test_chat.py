@@ -24,8 +24,9 @@ from dialogue import models
 from dialogue.chat import terminal
 from dialogue.chat.conversation import Conversation
 from dialogue.chat.decoder import Decoder
-from dialogue.chat.engine import Model, TransformersEngine
+from dialogue.chat.engine import Model
 from dialogue.chat.session import Chat
+from dialogue.chat.transformers_engine import TransformersEngine
 from dialogue.errors import UserError, exit_code, handled
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from dialogue.chat.commands import COMMANDS, run
 from dialogue.chat.conversation import Conversation, check
-from dialogue.chat.engine import Model, TransformersEngine, load
+from dialogue.chat.engine import Model, load
 from dialogue.chat.sampling import Sampling
 from dialogue.chat.session import Chat
 from dialogue.chat.terminal import in_background
+from dialogue.chat.transformers_engine import TransformersEngine
 from dialogue.errors import UserError
 from dialogue.models import load_base
 from dialogue.prompt import encode_dialogue

@@ -14,8 +14,9 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 import main
 from dialogue.chat.conversation import Conversation
 from dialogue.chat.cuda_graph import BROKEN, GraphDecoder, difference, pick
-from dialogue.chat.engine import Model, TransformersEngine, make, proved
+from dialogue.chat.engine import Model, make, proved
 from dialogue.chat.sampling import CHAT, Sampling, candidates
+from dialogue.chat.transformers_engine import TransformersEngine
 from dialogue.errors import UserError
 
 EVERYTHING = Sampling(0.7, 20, 0.9, 0.01, 1.2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import main
-from dialogue import models, storage
+from dialogue import storage
 from dialogue.errors import UserError
 from dialogue.json_files import read_json, write_private
 from dialogue.storage import (
@@ -136,10 +136,10 @@ def test_a_chat_that_starts_between_the_renames_finds_the_new_folder(tmp_path, m
     look = storage.damage
     with monkeypatch.context() as patch:
         patch.setattr(storage, "damage", lambda *_: (patch.undo(), look(*_), (target / "a.txt").write_text("old"))[1])
-        models._check_whole(str(target))
+        storage.check_whole(target, str(target))
     (target / "a.txt").write_text("half")
     with pytest.raises(UserError, match=r"a\.txt has 4 of 3 bytes"):
-        models._check_whole(str(target))
+        storage.check_whole(target, str(target))
 
 
 @pytest.mark.parametrize(

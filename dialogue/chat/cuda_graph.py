@@ -8,17 +8,19 @@ stands: that is how it is tested.
 
 from collections import deque
 from collections.abc import Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from dialogue.chat.decoder import Decoder
-from dialogue.chat.families import FAMILIES, Norm, Product, Weights
+from dialogue.chat.families import Norm, Product, Weights, parts_of, weights_of
 from dialogue.chat.sampling import CHAT, Sampling, candidates
 from dialogue.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AHEAD = 4  # steps that are asked for before the first of them has to be there; END makes them useless, at little cost
 TIES = 64  # tokens beside the `top_k` first that may equal the last of these
@@ -28,11 +30,11 @@ BROKEN = -1  # stands for the token where the logits are not finite
 class GraphDecoder(Decoder):
     """A `Decoder` with 16-bit weights on a GPU, which draws its tokens there."""
 
-    def __init__(self, model: PreTrainedModel, context: int) -> None:
+    def __init__(self, model: "PreTrainedModel", context: int) -> None:
         self.precision, self.length = str(model.dtype).removeprefix("torch."), 0
         device, dtype = model.device, model.dtype
         with torch.inference_mode():
-            weights = FAMILIES[model.config.model_type][0](model, _as_stored)
+            weights = weights_of(parts_of(model), _as_stored)
             head = _in_float32(model.get_output_embeddings().weight)
             self.weights = w = _in_dtype(weights._replace(head=head), dtype)
             self.cache = torch.zeros(len(w.layers), 2, w.heads, context, w.size, device=device, dtype=dtype)
@@ -161,7 +163,7 @@ def pick(logits: Tensor, sampling: Sampling, seen: Tensor, forbidden: Tensor, no
 
 
 @torch.inference_mode()
-def difference(engine: GraphDecoder, model: PreTrainedModel) -> str | None:
+def difference(engine: GraphDecoder, model: "PreTrainedModel") -> str | None:
     """What `engine` does otherwise than `model` in transformers' code, in a greedy reply and in one with the chat's
     defaults; None: nothing.
 

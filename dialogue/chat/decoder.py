@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel
 
-from dialogue.chat.families import FAMILIES, Norm, Product, Weights
+from dialogue.chat.families import Norm, Parts, Product, Weights, parts_of, weights_of
 
 CHUNK = 256  # tokens that are read at once: the attention's mask grows with their square
 
@@ -36,15 +35,17 @@ class Decoder:
     compiled: Any = None  # a step of few tokens in int8
     recorded: Any = None  # what knows the cache by its address: a CUDA graph
 
-    def __init__(self, model: PreTrainedModel, precision: str, context: int) -> None:
-        self.precision, self.length, self.parameters = precision, 0, model.num_parameters()
+    def __init__(self, model: Any, precision: str, context: int) -> None:
+        """`model` is one of transformers, or `Parts`."""
+        parts = model if isinstance(model, Parts) else parts_of(model)
+        self.precision, self.length, self.parameters = precision, 0, parts.parameters
         product: Any = float32
         if precision == "int8":
             from dialogue.chat.quantising import Quantiser  # imports numba, which nothing else needs
 
             product = Quantiser()
         with torch.inference_mode():
-            self.weights = w = FAMILIES[model.config.model_type][0](model, product)
+            self.weights = w = weights_of(parts, product)
         # Memory that was never written costs nothing: the system hands it out at the first touch.
         self.cache = torch.empty(len(w.layers), 2, w.heads, context, w.size)
         if precision == "int8":
@@ -65,7 +66,7 @@ class Decoder:
             wanted = start + len(piece) - (len(ids) - logits)
             parts.append(self._forward(piece, self.length + start, min(max(wanted, 1), len(piece))))
         self.length += len(ids)
-        return torch.cat(parts)[-logits:] if len(parts) > 1 else parts[0]
+        return torch.cat(parts)[-logits:]
 
     def truncate(self, length: int) -> None:
         """Forget what follows the first `length` tokens."""

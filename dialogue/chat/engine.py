@@ -5,13 +5,13 @@ import sys
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from dialogue import machine, models
+from dialogue import machine
+from dialogue.chat import merged
 from dialogue.chat.cuda_graph import GraphDecoder, difference
 from dialogue.chat.decoder import Decoder
 from dialogue.chat.families import supported
@@ -19,54 +19,19 @@ from dialogue.chat.sampling import Sampling, candidates, draw
 from dialogue.errors import UserError, in_a_line
 from dialogue.prompt import find_roles, never_drawn, without_roles
 
+# transformers takes seconds to import, and a merged model on a CPU is read without it.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-class TransformersEngine:
-    """What `Decoder` does for one sequence, with any causal language model of transformers."""
+    from dialogue.chat.transformers_engine import TransformersEngine
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model.eval()
-        self.precision = str(model.dtype).removeprefix("torch.")
-        self.length = 0
-        self.reset()
-
-    @torch.inference_mode()
-    def step(self, ids: list[int]) -> Tensor:
-        """Read one or more new tokens; logits (V,) float32 after the last of them."""
-        new = torch.tensor([ids], device=self.model.device)
-        try:
-            output = self.model(input_ids=new, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            self.length += len(ids)
-        except BaseException:  # Ctrl-C as well: some layers have read the tokens, some have not
-            self.reset()
-            raise
-        return output.logits[0, -1].float()
-
-    def truncate(self, length: int) -> None:
-        """Forget what follows the first `length` tokens; everything, where the cache cannot be cut."""
-        if length >= self.length:
-            return
-        try:
-            self.cache.crop(length - self.length)  # negative: so many from the end
-            self.length = length
-        except (RuntimeError, ValueError):  # a sliding window or a recurrent state cannot be cut
-            self.reset()
-        except KeyboardInterrupt:  # some layers are cut, some are not
-            self.reset()
-            raise
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.cache = DynamicCache(config=self.model.config)
-        self.length = 0
-
-
-Engine = Decoder | TransformersEngine
+    Engine = Decoder | TransformersEngine
 
 
 class Model:
     """An engine with its tokenizer, and what the engine has read."""
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+    def __init__(self, engine: "Engine", tokenizer: Any, limit: int) -> None:
         self.engine, self.tokenizer = engine, tokenizer
         self.limit = limit  # tokens that the model can see at once
         self.roles = find_roles(tokenizer)
@@ -142,18 +107,25 @@ def load(name: str, precision: str = "auto", device: str | None = None) -> Model
     `precision` is "int8" or "float32"; "auto" takes the fastest of full quality on `device` (None: the best there is).
     Raises UserError, one line, for anything that is no dialogue model, and for a precision that is not to be had.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     where = torch.device(device) if device else machine.pick_device()
     machine.stay_on(where)
     for note in [] if device else machine.gpu_notes():
         print(note, file=sys.stderr)
-    model, tokenizer = models.load(name, torch.float32 if precision == "float32" else None, where)
+    if where.type == "cpu" and (found := merged.read(name)):
+        parts, tokenizer, limit = found
+        return Model(Decoder(parts, "int8" if precision == "auto" else precision, limit), tokenizer, limit)
+    import transformers
+
+    from dialogue import models
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model, its_tokenizer = models.load(name, torch.float32 if precision == "float32" else None, where)
     limit = models.context_length(model.config)
-    return Model(make(model, precision, limit), tokenizer, limit)
+    return Model(make(model, precision, limit), its_tokenizer, limit)
 
 
-def make(model: PreTrainedModel, precision: str, limit: int) -> Engine:
+def make(model: "PreTrainedModel", precision: str, limit: int) -> "Engine":
     """The fastest engine that this model and its device can have, for up to `limit` tokens; `precision` as for `load`.
 
     On a CPU "auto" is int8 by rule: a measurement would give a seed other weights on a busy machine. On CUDA it is
@@ -170,10 +142,12 @@ def make(model: PreTrainedModel, precision: str, limit: int) -> Engine:
         model = model.to(machine.pick_dtype(model.device))  # type: ignore[arg-type]
     if model.device.type == "cuda" and model.dtype != torch.float32 and supported(model.config):
         return proved(model, limit)
+    from dialogue.chat.transformers_engine import TransformersEngine
+
     return TransformersEngine(model)
 
 
-def proved(model: PreTrainedModel, limit: int) -> Engine:
+def proved(model: "PreTrainedModel", limit: int) -> "Engine":
     """A `GraphDecoder` that draws what transformers would draw; where it does not, transformers' own engine, and a
     line on standard error says why. Its graph for a first reply is recorded then."""
     try:
@@ -183,4 +157,6 @@ def proved(model: PreTrainedModel, limit: int) -> Engine:
     except Exception as error:  # a driver, a kernel or the memory: whatever it is, the chat can go on
         problem = in_a_line(error)
     print(f"the fast engine for GPUs does not work here ({problem}): transformers' own is used", file=sys.stderr)
+    from dialogue.chat.transformers_engine import TransformersEngine
+
     return TransformersEngine(model)

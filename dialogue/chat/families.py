@@ -1,15 +1,14 @@
-"""The families of models that the decoder knows, GPT-2 and Llama: their modules as weights that are ready to run.
+"""The families of models that the decoder knows, GPT-2 and Llama: their tensors as weights that are ready to run.
 
 How a product with a weight is computed is given from outside. What differs between the families stands in `FAMILIES`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PretrainedConfig
 
 Product = Callable[[Tensor], Tensor]  # (n, in) -> (n, out)
 MakeProduct = Callable[[Tensor, Tensor | None], Product]  # weight (out, in), bias (out,) or None
@@ -55,56 +54,77 @@ class Weights(NamedTuple):
     scale: float  # of query times key
 
 
-def gpt2(model: Any, product: MakeProduct) -> Weights:
+class Parts(NamedTuple):
+    """A model as a file holds it."""
+
+    config: Any  # has the fields of its config.json
+    tensors: Mapping[str, Tensor]  # by name; without "lm_head.weight" the embedding is the head
+    parameters: int
+    frequencies: Tensor | None  # of the rotation, (size / 2,), and
+    scaling: float  # what its cos and sin are multiplied with
+
+
+def parts_of(model: Any) -> Parts:
+    """Those of a model of transformers."""
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    of_rotary = (rotary.inv_freq, rotary.attention_scaling) if rotary else (None, 1.0)
+    return Parts(model.config, model.state_dict(), model.num_parameters(), *of_rotary)
+
+
+def gpt2(parts: Parts, product: MakeProduct) -> Weights:
     """GPT-2: learned positions, LayerNorm, weights as (in, out)."""
-    body, config = model.transformer, model.config
+    config, at = parts.config, parts.tensors
 
-    def conv1d(module: Any) -> Product:
-        return product(module.weight.T, module.bias)
+    def conv1d(name: str) -> Product:
+        return product(at[f"{name}.weight"].T, at[f"{name}.bias"])
 
-    def norm(module: Any) -> Norm:
-        return Norm(module.weight.float(), module.bias.float(), module.eps)
+    def norm(name: str) -> Norm:
+        return Norm(at[f"{name}.weight"].float(), at[f"{name}.bias"].float(), config.layer_norm_epsilon)
 
-    def layer(block: Any) -> Layer:
+    def layer(block: str) -> Layer:
         return Layer(
-            norm(block.ln_1), conv1d(block.attn.c_attn), conv1d(block.attn.c_proj),
-            norm(block.ln_2), conv1d(block.mlp.c_fc), _gelu, conv1d(block.mlp.c_proj),
+            norm(f"{block}.ln_1"), conv1d(f"{block}.attn.c_attn"), conv1d(f"{block}.attn.c_proj"),
+            norm(f"{block}.ln_2"), conv1d(f"{block}.mlp.c_fc"), _gelu, conv1d(f"{block}.mlp.c_proj"),
         )  # fmt: skip
 
-    size = config.n_embd // config.n_head
+    size, embedding = config.n_embd // config.n_head, at["transformer.wte.weight"]
+    layers = [layer(f"transformer.h.{number}") for number in range(config.n_layer)]
     return Weights(
-        body.wte.weight.detach(), body.wpe.weight.detach(), None, [layer(block) for block in body.h], norm(body.ln_f),
-        product(model.lm_head.weight, None), config.n_head, 1, size, size**-0.5,
+        embedding, at["transformer.wpe.weight"], None, layers, norm("transformer.ln_f"),
+        product(at.get("lm_head.weight", embedding), None), config.n_head, 1, size, size**-0.5,
     )  # fmt: skip
 
 
-def llama(model: Any, product: MakeProduct) -> Weights:
+def llama(parts: Parts, product: MakeProduct) -> Weights:
     """Llama: rotary positions, RMSNorm, a gated MLP, keys shared by groups of queries."""
-    body, config = model.model, model.config
+    config, at = parts.config, parts.tensors
 
-    def joined(*modules: Any) -> Product:
-        bias = None if modules[0].bias is None else torch.cat([module.bias for module in modules])
-        return product(torch.cat([module.weight for module in modules]), bias)
+    def joined(*names: str) -> Product:
+        bias = torch.cat([at[f"{name}.bias"] for name in names]) if f"{names[0]}.bias" in at else None
+        return product(torch.cat([at[f"{name}.weight"] for name in names]), bias)
 
-    def norm(module: Any) -> Norm:
-        return Norm(module.weight.float(), None, module.variance_epsilon)
+    def norm(name: str) -> Norm:
+        return Norm(at[f"{name}.weight"].float(), None, config.rms_norm_eps)
 
-    def layer(block: Any) -> Layer:
-        attention, mlp = block.self_attn, block.mlp
+    def layer(block: str) -> Layer:
+        attention, mlp = f"{block}.self_attn", f"{block}.mlp"
         return Layer(
-            norm(block.input_layernorm), joined(attention.q_proj, attention.k_proj, attention.v_proj),
-            joined(attention.o_proj), norm(block.post_attention_layernorm), joined(mlp.gate_proj, mlp.up_proj),
-            _gated_silu, joined(mlp.down_proj),
+            norm(f"{block}.input_layernorm"), joined(*(f"{attention}.{name}_proj" for name in "qkv")),
+            joined(f"{attention}.o_proj"), norm(f"{block}.post_attention_layernorm"),
+            joined(f"{mlp}.gate_proj", f"{mlp}.up_proj"), _gated_silu, joined(f"{mlp}.down_proj"),
         )  # fmt: skip
 
-    positions = torch.arange(config.max_position_embeddings, device=model.device)[None]
-    cos, sin = body.rotary_emb(torch.zeros(1, device=model.device), positions)
+    assert parts.frequencies is not None
+    places = torch.arange(config.max_position_embeddings, device=parts.frequencies.device)
+    angles = torch.outer(places.float(), parts.frequencies.float()).repeat(1, 2)
+    cos, sin = angles.cos() * parts.scaling, angles.sin() * parts.scaling
     heads, size = config.num_key_value_heads, cos.shape[-1]
     # Half of the rotation is a difference: x * cos + rotated x * sin, where rotated is (-second, first).
-    sin[..., : size // 2] *= -1
+    sin[:, : size // 2] *= -1
+    embedding, layers = at["model.embed_tokens.weight"], range(config.num_hidden_layers)
     return Weights(
-        body.embed_tokens.weight.detach(), None, (cos[0], sin[0]), [layer(block) for block in body.layers],
-        norm(body.norm), product(model.lm_head.weight, None), heads, config.num_attention_heads // heads, size,
+        embedding, None, (cos, sin), [layer(f"model.layers.{number}") for number in layers], norm("model.norm"),
+        product(at.get("lm_head.weight", embedding), None), heads, config.num_attention_heads // heads, size,
         size**-0.5,
     )  # fmt: skip
 
@@ -119,8 +139,8 @@ def _gated_silu(x: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
-# Family -> how its modules become weights, and what its config must say for that to be all there is to it.
-FAMILIES: dict[str, tuple[Callable[[Any, MakeProduct], Weights], dict[str, tuple]]] = {
+# Family -> how its tensors become weights, and what its config must say for that to be all there is to it.
+FAMILIES: dict[str, tuple[Callable[[Parts, MakeProduct], Weights], dict[str, tuple]]] = {
     "gpt2": (
         gpt2,
         {
@@ -135,8 +155,8 @@ FAMILIES: dict[str, tuple[Callable[[Any, MakeProduct], Weights], dict[str, tuple
 STATIC_ROTATIONS = ("default", "linear", "llama3")  # the same at every length
 
 
-def supported(config: PretrainedConfig) -> bool:
-    """Whether `Decoder` computes what transformers computes for this model."""
+def supported(config: Any) -> bool:
+    """Whether `Decoder` computes what transformers computes for the model of this config."""
     if config.model_type not in FAMILIES:
         return False
     rotary = getattr(config, "rope_parameters", None) or {}
@@ -144,3 +164,8 @@ def supported(config: PretrainedConfig) -> bool:
     return rotary.get("rope_type", "default") in STATIC_ROTATIONS and all(
         getattr(config, name) in values for name, values in needed.items()
     )
+
+
+def weights_of(parts: Parts, product: MakeProduct) -> Weights:
+    """A model of a supported family, each of its products made by `product`."""
+    return FAMILIES[parts.config.model_type][0](parts, product)
