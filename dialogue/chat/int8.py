@@ -161,18 +161,14 @@ def _round(x, column):
     """x (n, columns) * column, as int16 (n, len(column)), and the steps (n,) float32 that they count."""
     limit = np.float32(min(32767, (2**31 - 1) // (127 * (len(column) * 2 // LANES))))  # no sum in int32 can overflow
     rounded, step = np.zeros((len(x), len(column)), np.int16), np.empty(len(x), np.float32)
-    scaled, last = np.empty(x.shape[1], np.float32), np.empty(1, np.int32)
     for row in range(len(x)):
+        largest, broken = np.float32(1e-30), np.float32(0)
         for i in range(x.shape[1]):
-            scaled[i] = x[row, i] * column[i]
-        # Floats without their sign are in order as whole numbers, which are compared many at a time; NaN is the last.
-        last[0], bits = 0, scaled.view(np.int32)
+            value = abs(x[row, i] * column[i])
+            largest, broken = max(largest, value), broken + value * np.float32(0)
+        step[row] = largest / limit + broken  # NaN, where one of them is no number
         for i in range(x.shape[1]):
-            last[0] = max(last[0], np.int32(bits[i] & np.int32(0x7FFFFFFF)))
-        largest = max(np.float32(1e-30), last.view(np.float32)[0])
-        step[row] = largest / limit if last[0] < 0x7F800000 else np.float32(np.nan)  # one of them is no number
-        for i in range(x.shape[1]):
-            rounded[row, i] = np.int16(np.rint(scaled[i] * (limit / largest)))
+            rounded[row, i] = np.int16(np.rint(x[row, i] * column[i] * (limit / largest)))
     return rounded, step
 
 
