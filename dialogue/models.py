@@ -1,5 +1,6 @@
-"""The table of base models; loading one, or a dialogue model: the one place that reads weights, with all its checks.
+"""The table of base models; loading one, or a dialogue model, with all checks that there are.
 
+A merged model's own folder is read in `dialogue/chat/merged.py` for a chat, which leaves to this what it does not know.
 What differs between model families stands in `LORA_TARGETS` and `CONV1D_FAMILIES`, and nowhere else.
 """
 
@@ -228,7 +229,7 @@ def _read(name: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     in memory beside the weights until all is loaded (GPT-2-XL from float32: 9.5 GB at the peak, and 3.5 afterwards).
     """
     folder, found = Path(resolve(name)), {}
-    paths = sorted(folder.glob("model*.safetensors"))
+    paths = [*folder.glob("model.safetensors")] or sorted(folder.glob("model-*-of-*.safetensors"))
     if not paths and not folder.is_dir():
         with suppress(OSError):  # several files, or not to be had: transformers knows more
             local = where(name)["local_files_only"]

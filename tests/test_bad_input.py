@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -476,8 +477,17 @@ def test_figures_that_cannot_be_written_are_one_line(merged, base, here, capsys)
     one_line(capsys.readouterr(), "/dev/full could not be written: No space left on device")
 
 
+def say_as_written(folder, base):
+    """A chat with what looks like a run's result, which is read without transformers as far as it can be."""
+    storage.write_json(Path(folder, storage.RUN_FILE), {})
+    if not Path(folder, storage.MANIFEST).exists():
+        storage.seal(Path(folder))
+    return say("--model", folder)
+
+
 READERS = {
     "chat": lambda folder, base: say("--model", folder),
+    "chat with a run's result": say_as_written,
     "evaluation": score,
     "export": lambda folder, base: exit_code(lambda: export.main(["gguf", "--model", folder, "--out", "x.gguf"])),
     "training": lambda folder, base: train(folder),

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainingArguments
 
 import Fine_tuningmodel as script
+from dialogue.chat import merged
+from dialogue.chat.engine import load
 from dialogue.data.corpus import own_openers
 from dialogue.data.sources import DAILYDIALOG_LICENCE, load_corpus
 from dialogue.errors import UserError, exit_code
@@ -51,6 +53,12 @@ def run(random_gpt2, talk, tmp_path_factory):
     ]  # fmt: skip
     script.main(flags)
     return home / "lora", home / "full", flags
+
+
+def test_the_chat_reads_what_a_run_wrote_without_transformers(run):
+    _, merged_folder, _ = run
+    assert merged.read(str(merged_folder))
+    assert load(str(merged_folder)).engine.precision == "int8"
 
 
 def test_training_lowers_the_loss_and_says_so(run):

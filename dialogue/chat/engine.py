@@ -4,7 +4,7 @@ import gc
 import sys
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,20 +107,23 @@ def load(name: str, precision: str = "auto", device: str | None = None) -> Model
     `precision` is "int8" or "float32"; "auto" takes the fastest of full quality on `device` (None: the best there is).
     Raises UserError, one line, for anything that is no dialogue model, and for a precision that is not to be had.
     """
-    where = torch.device(device) if device else machine.pick_device()
+    where, dtype = torch.device(device) if device else machine.pick_device(), None
+    if precision == "float32":
+        dtype = torch.float32
     machine.stay_on(where)
     for note in [] if device else machine.gpu_notes():
         print(note, file=sys.stderr)
-    if where.type == "cpu" and (found := merged.read(name)):
-        parts, tokenizer, limit = found
-        return Model(Decoder(parts, "int8" if precision == "auto" else precision, limit), tokenizer, limit)
+    with suppress(Exception):  # whatever is wrong with the folder, `models` says it in words
+        if where.type == "cpu" and (found := merged.read(name, dtype)):
+            parts, tokenizer, limit = found
+            return Model(Decoder(parts, "int8" if precision == "auto" else precision, limit), tokenizer, limit)
     import transformers
 
     from dialogue import models
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model, its_tokenizer = models.load(name, torch.float32 if precision == "float32" else None, where)
+    model, its_tokenizer = models.load(name, dtype, where)
     limit = models.context_length(model.config)
     return Model(make(model, precision, limit), its_tokenizer, limit)
 

@@ -55,20 +55,20 @@ class Weights(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """A model as a file holds it."""
+    """A model that is not ready to run yet."""
 
     config: Any  # has the fields of its config.json
-    tensors: Mapping[str, Tensor]  # by name; without "lm_head.weight" the embedding is the head
+    tensors: Mapping[str, Tensor]  # by the names that they have in a file; without a head the embedding is it
     parameters: int
-    frequencies: Tensor | None  # of the rotation, (size / 2,), and
-    scaling: float  # what its cos and sin are multiplied with
+    frequencies: Tensor | None = None  # of the rotation, (size / 2,)
+    scaling: float = 1.0  # its cos and sin are multiplied with this
 
 
 def parts_of(model: Any) -> Parts:
     """Those of a model of transformers."""
+    parts = Parts(model.config, model.state_dict(), model.num_parameters())
     rotary = getattr(model.base_model, "rotary_emb", None)
-    of_rotary = (rotary.inv_freq, rotary.attention_scaling) if rotary else (None, 1.0)
-    return Parts(model.config, model.state_dict(), model.num_parameters(), *of_rotary)
+    return parts._replace(frequencies=rotary.inv_freq, scaling=rotary.attention_scaling) if rotary else parts
 
 
 def gpt2(parts: Parts, product: MakeProduct) -> Weights:
@@ -88,6 +88,7 @@ def gpt2(parts: Parts, product: MakeProduct) -> Weights:
         )  # fmt: skip
 
     size, embedding = config.n_embd // config.n_head, at["transformer.wte.weight"]
+    check_shape(embedding, config.vocab_size, config.n_embd)
     layers = [layer(f"transformer.h.{number}") for number in range(config.n_layer)]
     return Weights(
         embedding, at["transformer.wpe.weight"], None, layers, norm("transformer.ln_f"),
@@ -100,7 +101,8 @@ def llama(parts: Parts, product: MakeProduct) -> Weights:
     config, at = parts.config, parts.tensors
 
     def joined(*names: str) -> Product:
-        bias = torch.cat([at[f"{name}.bias"] for name in names]) if f"{names[0]}.bias" in at else None
+        biased = any(f"{name}.bias" in at for name in names)
+        bias = torch.cat([at[f"{name}.bias"] for name in names]) if biased else None
         return product(torch.cat([at[f"{name}.weight"] for name in names]), bias)
 
     def norm(name: str) -> Norm:
@@ -122,11 +124,19 @@ def llama(parts: Parts, product: MakeProduct) -> Weights:
     # Half of the rotation is a difference: x * cos + rotated x * sin, where rotated is (-second, first).
     sin[:, : size // 2] *= -1
     embedding, layers = at["model.embed_tokens.weight"], range(config.num_hidden_layers)
+    check_shape(embedding, config.vocab_size, config.hidden_size)
+    check_shape(at["model.layers.0.self_attn.q_proj.weight"], config.num_attention_heads * size, config.hidden_size)
     return Weights(
         embedding, None, (cos, sin), [layer(f"model.layers.{number}") for number in layers], norm("model.norm"),
         product(at.get("lm_head.weight", embedding), None), heads, config.num_attention_heads // heads, size,
         size**-0.5,
     )  # fmt: skip
+
+
+def check_shape(weight: Tensor, *shape: int) -> None:
+    """Raises ValueError for a weight of another shape than the config says: int8's loops check no bounds."""
+    if weight.shape != shape:
+        raise ValueError(f"a weight has the shape {tuple(weight.shape)}, config.json says {shape}")
 
 
 def _gelu(x: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """A merged model that a run of this project wrote, read without transformers, whose import takes longer than the rest.
 
-Such a folder has a manifest: what stands in it is known, its tokenizer and the names of its tensors too. What
-`Decoder` cannot compute, and any other folder, is left to `dialogue/models.py`.
+Such a folder has a manifest: what stands in it is known, its tokenizer and the names of its tensors too. To
+`dialogue/models.py` are left any other folder, what `Decoder` does not know, and rotations that are stretched.
 """
 
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,14 +29,17 @@ class Tokenizer:
         self.inner.no_truncation()
         self.inner.no_padding()
         said = storage.read_json(folder / "tokenizer_config.json")
-        special = [said[name] for name in said if name.endswith("_token")] + said.get("extra_special_tokens", [])
-        self.all_special_ids = self.convert_tokens_to_ids(special)
+        special = [token for name, token in said.items() if name.endswith("_token") and token]
+        self.all_special_ids = self.convert_tokens_to_ids(special + said.get("extra_special_tokens", []))
 
-    def __call__(self, text: str, *, split_special_tokens: bool, **_: bool) -> dict[str, list[int]]:
+    def __call__(
+        self, text: str, add_special_tokens: bool, split_special_tokens: bool, verbose: bool
+    ) -> dict[str, list[int]]:
         self.inner.encode_special_tokens = split_special_tokens
-        return {"input_ids": self.inner.encode(text, add_special_tokens=False).ids}
+        return {"input_ids": self.inner.encode(text, add_special_tokens=add_special_tokens).ids}
 
-    def decode(self, ids: list[int], **_: bool) -> str:
+    def decode(self, ids: list[int], clean_up_tokenization_spaces: bool) -> str:
+        assert not clean_up_tokenization_spaces
         return self.inner.decode(ids, skip_special_tokens=False)
 
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int | None]:
@@ -51,14 +53,15 @@ class Tokenizer:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors of files by name; each is read when it is asked for, and not kept."""
+    """Tensors of files by name, as `dtype` (None: as stored); each is read when it is asked for, and not kept."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], dtype: torch.dtype | None) -> None:
         opened: list[Any] = [safe_open(path, "pt", backend="pread") for path in paths]
-        self.files = {name: file for file in opened for name in file.offset_keys()}
+        self.files, self.dtype = {name: file for file in opened for name in file.offset_keys()}, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.files[name].get_tensor(name)
+        tensor = self.files[name].get_tensor(name)
+        return tensor.to(self.dtype) if self.dtype else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -70,25 +73,28 @@ class Tensors(Mapping[str, Tensor]):
         return self.files[name].get_slice(name).get_shape()
 
 
-def read(name: str) -> tuple[Parts, Tokenizer, int] | None:
+def read(name: str, dtype: torch.dtype | None = None) -> tuple[Parts, Tokenizer, int] | None:
     """A model, its tokenizer, and how many tokens it sees at once; None where it has to be read otherwise. Raises
-    UserError for a folder that is damaged."""
+    UserError for a folder that is damaged, and other errors for one that is odd: `models` says in words what is."""
     folder = Path(name)
     if not all(os.path.isfile(folder / file) for file in (storage.MANIFEST, storage.RUN_FILE, "config.json")):
         return None
+    config = SimpleNamespace(**storage.read_json(folder / "config.json"))
+    rotation = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    if not supported(config) or rotation["rope_type"] != "default":
+        return None
     storage.check_whole(folder, name)
-    with suppress(Exception):  # whatever is odd about it, `models` says so in words
-        config = SimpleNamespace(**storage.read_json(folder / "config.json"))
-        rotation = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
-        if not supported(config) or rotation["rope_type"] != "default":
-            return None
-        tokenizer, tensors = Tokenizer(folder), Tensors(sorted(folder.glob("model*.safetensors")))
-        find_roles(tokenizer)  # type: ignore[arg-type]
-        frequencies = None
-        if "rope_theta" in rotation:
-            size = config.head_dim
-            frequencies = 1 / rotation["rope_theta"] ** (torch.arange(0, size, 2).float() / size)
-        parameters = sum(math.prod(tensors.shape(each)) for each in tensors)
-        context = config.n_positions if config.model_type == "gpt2" else config.max_position_embeddings
-        return Parts(config, tensors, parameters, frequencies, 1.0), tokenizer, context
-    return None
+    written = storage.read_json(folder / storage.MANIFEST)  # a file beside them is none of the model's
+    tensors = Tensors([folder / file for file in sorted(written) if file.endswith(".safetensors")], dtype)
+    tokenizer = Tokenizer(folder)
+    find_roles(tokenizer)  # type: ignore[arg-type]
+    if not config.tie_word_embeddings and "lm_head.weight" not in tensors:
+        raise ValueError("its head is missing")
+    if max(tokenizer.get_vocab().values()) >= config.vocab_size:
+        raise ValueError("its tokenizer knows more tokens than the model")
+    frequencies = None
+    if config.model_type == "llama":
+        frequencies = 1 / rotation["rope_theta"] ** (torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    parameters = sum(math.prod(tensors.shape(each)) for each in tensors)
+    context = config.n_positions if config.model_type == "gpt2" else config.max_position_embeddings
+    return Parts(config, tensors, parameters, frequencies, 1.0), tokenizer, context

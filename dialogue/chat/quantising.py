@@ -7,24 +7,27 @@ from torch.nn import functional
 
 from dialogue.chat.int8 import LANES, Matrix
 
-BLOCK = 1 << 26  # bytes that are asked for at once; numpy asks for huge pages from 4 MB on, and what is never written
-# is never handed out
+# Bytes that are asked for at once: numpy takes huge pages from 4 MB on. What is never written costs no memory.
+BLOCK = 1 << 26
 
 
 class Quantiser:
     """Turns weights (out, in) and biases (out,), of any float dtype, into int8.
 
-    A weight is read once a token, and at its own page of 4 KB each time a processor looks up where that page lies. In
-    huge pages (2 MB) they were read at 25 GB/s instead of 17 (the starter, two cores of an Intel Xeon). On Linux numpy
-    asks for them (source: numpy's reference, "Global Configuration Options"); small matrices have to share one array.
+    A token reads every weight once, and at each new page of 4 KB the processor has to look up where it lies. In huge
+    pages (2 MB) weights are read at 25 GB/s instead of 17 (the starter, two cores of an Intel Xeon). On Linux numpy
+    asks for them (source: numpy's reference, "Global Configuration Options"); small matrices have to share an array.
     """
 
     def __init__(self) -> None:
         self.free = np.empty(0, np.int8)
 
     def __call__(self, weight: Tensor, bias: Tensor | None) -> Matrix:
-        """A row's largest weight sets its steps. So large columns are made smaller, and what they meet larger, by the
-        root of their size: that took 40 % off the KL divergence from the float32 model (SmolLM2-135M)."""
+        """The product with a weight, (n, in) -> (n, out).
+
+        A row's largest weight sets its steps. So large columns are made smaller, and what they meet larger, by the
+        root of their size: that took 40 % off the KL divergence from the float32 model (SmolLM2-135M).
+        """
         (rows, columns), blocks = weight.shape, weight.split(256)  # stay in the processor's cache: twice as fast
         squares = torch.stack([block.float().square().sum(0) for block in blocks]).sum(0)
         column = (squares / rows).sqrt_().clamp_(min=1e-12).sqrt_()
