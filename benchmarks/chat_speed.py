@@ -192,7 +192,7 @@ def perplexity(engine: Decoder, texts: list[list[int]]) -> float:
 
 def bandwidth(device: str) -> float:
     """Bytes a second that a plain sum reads; the best of ten. On a GPU over 2 GB and four sums a wait: one over less
-    takes about as long as its launch. On a CPU in huge pages, as the weights are: numpy asks for them, torch does not."""
+    takes about as long as its launch. On a CPU in huge pages, as the weights: numpy asks for them, torch does not."""
     size, sums = (2**29, 4) if device == "cuda" else (2**26, 1)
     block = torch.ones(size, device=device) if device == "cuda" else torch.from_numpy(np.ones(size, np.float32))
     seconds = []
