@@ -190,11 +190,13 @@ def perplexity(engine: Decoder, texts: list[list[int]]) -> float:
     return math.exp(nats / count)
 
 
-def bandwidth(device: str) -> float:
-    """Bytes a second that a plain sum reads; the best of ten. On a GPU over 2 GB and four sums a wait: one over less
-    takes about as long as its launch. On a CPU in huge pages, as the weights: numpy asks for them, torch does not."""
-    size, sums = (2**29, 4) if device == "cuda" else (2**26, 1)
-    block = torch.ones(size, device=device) if device == "cuda" else torch.from_numpy(np.ones(size, np.float32))
+def bandwidth(kind: str) -> float:
+    """Bytes a second that a plain sum reads; the best of ten. On a GPU ("cuda") over 2 GB and four sums a wait: one
+    over less takes as long as its launch. On a CPU in the memory that torch takes ("cpu"), or in huge pages, in which
+    our weights lie ("huge pages"): on Linux numpy asks for them."""
+    size, sums = (2**29, 4) if kind == "cuda" else (2**26, 1)
+    huge = kind == "huge pages"
+    block = torch.from_numpy(np.ones(size, np.float32)) if huge else torch.ones(size, device=kind)
     seconds = []
     for _ in range(10):
         start = time.perf_counter()
@@ -303,26 +305,26 @@ def main() -> None:
             except json.JSONDecodeError:  # nothing came: llama.cpp has ended in a segmentation fault
                 del processes[title], figures[title]
                 print(f"{title}: not measured (it ended with {process.wait()})", file=sys.stderr)
-        devices = ["cpu", "cuda"][: 1 + torch.cuda.is_available()]
-        reading: dict[str, list[float]] = {device: [] for device in devices}
+        kinds = ["cpu", "huge pages", "cuda"][: 2 + torch.cuda.is_available()]
+        reading: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(flags.rounds):
-            for device in devices:
-                reading[device].append(bandwidth(device))
+            for kind in kinds:
+                reading[kind].append(bandwidth(kind))
             for title, process in processes.items():
                 few = max(2, flags.tokens // 8)
                 figures[title].append(rates(process, few if title.startswith("original") else flags.tokens))
     for process in processes.values():
         process.communicate()
-    read = {device: statistics.median(found) for device, found in reading.items()}
+    read = {kind: statistics.median(found) for kind, found in reading.items()}
     print(f"{flags.model}: {parameters / 1e6:.0f} M parameters, {flags.threads} threads, reading "
-          + ", ".join(f"{rate / 1e9:.1f} GB/s ({device})" for device, rate in read.items()))  # fmt: skip
-    print("| | tokens/s | after the first token | share of the limit | CPU ms a token | perplexity |")
+          + ", ".join(f"{rate / 1e9:.1f} GB/s ({kind})" for kind, rate in read.items()))  # fmt: skip
+    print("| | tokens/s | after the first token | share of what a sum reads | CPU ms a token | perplexity |")
     print("|---" * 6 + "|")
     for title, found in figures.items():
         rate, later, worked = (statistics.median(values) for values in zip(*found, strict=True))
         bits = next((bits for name, bits in BITS.items() if title.endswith(name)), None)
-        limit = read["cuda" if "CUDA" in title else "cpu"]
-        share = f"{later * parameters * bits / 8 / limit:.0%}" if bits else ""
+        limits = [read["cuda"]] if "CUDA" in title else [read["cpu"], read["huge pages"]]
+        share = ", ".join(f"{later * parameters * bits / 8 / limit:.0%}" for limit in limits) if bits else ""
         score = f"{quality[title]:.3f}" if quality[title] else ""
         print(f"| {title} | {rate:.1f} | {later:.1f} | {share} | {worked * 1e3:.1f} | {score} |")
     if not torch.cuda.is_available():
