@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer, PreTrainedTokenizerFast
 
+from dialogue import storage
 from dialogue.prompt import add_roles
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -75,5 +76,8 @@ def random_gpt2(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def merged(tmp_path_factory):
-    """Folder of a dialogue model with random weights and a context of 96 tokens."""
-    return save_random_gpt2(tmp_path_factory.mktemp("chat") / "merged", dialogue_tokenizer(), positions=96)
+    """Folder of a dialogue model with random weights and a context of 96 tokens, whole as a run leaves it."""
+    folder = save_random_gpt2(tmp_path_factory.mktemp("chat") / "merged", dialogue_tokenizer(), positions=96)
+    storage.write_json(folder / storage.RUN_FILE, {"facts": {"base model": "gpt2-xl", "date": "2026-11-25"}})
+    storage.seal(folder)
+    return folder

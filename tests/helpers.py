@@ -13,6 +13,7 @@ from transformers import (
 )
 
 import Fine_tuningmodel as script
+from dialogue import storage
 from dialogue.chat.sampling import Sampling
 from dialogue.measure import merge
 from dialogue.measure.likelihood import HeldOut
@@ -103,8 +104,11 @@ def say(talk, message, max_t=12, sampling=GREEDY):
 
 
 def broken_copy(merged, folder, name, change):
-    """A copy of the model's folder in which one file's bytes went through `change`; None removes it."""
+    """A copy of the model's folder, as if no run had written it, in which one file's bytes went through `change`; None
+    removes it."""
     for file in merged.iterdir():
+        if file.name in (storage.MANIFEST, storage.RUN_FILE):
+            continue
         data = change(file.read_bytes()) if file.name == name else file.read_bytes()
         if data is not None:
             (folder / file.name).write_bytes(data)

@@ -429,9 +429,6 @@ def test_ctrl_c_at_any_time_comes_back_to_the_prompt(home):
 
 def test_what_people_type(home):
     """The first line; a message that was typed too early; two lines; the ways to leave."""
-    (home / "gpt2-dialogue-full/run.json").write_text(
-        json.dumps({"facts": {"base model": "gpt2-xl", "date": "2026-11-25"}})
-    )
     (home / "editor").write_text("#!/bin/sh\nprintf ', the rest' >> $1\n")
     (home / "editor").chmod(0o755)
     talk = Terminal("--max_t", "5", "--temp", "0", VISUAL=str(home / "editor"))
@@ -547,7 +544,7 @@ def test_the_newest_whole_checkpoint_of_a_training_can_be_talked_to(home, merged
 
     checkpoints = home / "gpt2-dialogue-checkpoints"
     for step in (9, 10, 20):
-        shutil.copytree(merged, checkpoints / f"checkpoint-{step}")
+        shutil.copytree(merged, checkpoints / f"checkpoint-{step}", ignore=shutil.ignore_patterns(storage.MANIFEST))
     storage.seal(checkpoints / "checkpoint-9")
     storage.seal(checkpoints / "checkpoint-10")  # 20 is still being written
     assert chat.find_model("gpt2-dialogue-checkpoints") == "gpt2-dialogue-checkpoints/checkpoint-10"

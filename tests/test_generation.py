@@ -442,7 +442,7 @@ def test_an_adapter_folder_is_merged_into_its_base(random_gpt2, tmp_path):
 
 def test_broken_weights_are_one_line(merged):
     broken = load(str(merged), "float32")
-    with torch.no_grad():
+    with torch.inference_mode():
         broken.engine.weights.embedding.fill_(torch.nan)
     talk = Conversation(broken)
     with pytest.raises(UserError, match="not finite"):
