@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dialogue.chat.batch import Reply, answer_by_each
+from dialogue.chat.batch import Reply, answer, answer_by_each
 from dialogue.chat.sampling import CHAT, Sampling
 from dialogue.data.corpus import Dialogues
 from dialogue.measure.listening import mutual_information
 from dialogue.measure.replies import find_contexts, measure
 
 CONTEXTS = 48  # that each of the settings answers
+FIRST = 8  # of them show whether the model ends a reply at all: trying settings with full-length replies takes minutes
 # What is tried beside the defaults. Top-k and top-p stay: they matter little where the temperature is low.
 SWEEP: tuple[dict[str, Any], ...] = (
     *({"temp": temp, "repetition_penalty": 1.06} for temp in (0.0, 0.3, 0.5, 0.8)),
@@ -62,6 +63,8 @@ def fit(
     turns, people = [context.turns for context in found], [context.human for context in found]
     samplings = [CHAT, *([known] if known else [dataclasses.replace(CHAT, **changes) for changes in SWEEP])]
     told("sampler", 0)
+    if not any(reply.ended for reply in answer(model, tokenizer, turns[:FIRST], CHAT, max_t, seed)):
+        samplings = [CHAT]  # it never ends
     replies = answer_by_each(
         model, tokenizer, turns, samplings, max_t, seed, told=lambda share: told("sampler", 0.7 * share)
     )
