@@ -15,7 +15,7 @@ from dialogue.measure.listening import mutual_information
 from dialogue.measure.replies import find_contexts, measure
 
 CONTEXTS = 48  # that each of the settings answers
-FIRST = 8  # of them show whether the model ends a reply at all: trying settings with full-length replies takes minutes
+FIRST = 3  # of them show whether the model ends a reply at all: trying settings with full-length replies takes minutes
 # What is tried beside the defaults. Top-k and top-p stay: they matter little where the temperature is low.
 SWEEP: tuple[dict[str, Any], ...] = (
     *({"temp": temp, "repetition_penalty": 1.06} for temp in (0.0, 0.3, 0.5, 0.8)),
